@@ -1,0 +1,197 @@
+// The CPU launcher: lays out memory, packs the small operands, and deals tiles to threads.
+//
+// NT and NN groups run together, token tile by token tile, so that s and g are still in cache when the next group
+// reads them. TN groups are cut by columns of features, each tile summing over all tokens: no partial sums, so the
+// result does not depend on the number of threads.
+#include "grouped_gemm.h"
+
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+
+#include "tile_runner.h"
+
+namespace rasa::cpu {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+
+// Below this much work per thread, waking another thread costs more than it saves.
+constexpr int64_t kMinFlopsPerThread = 1 << 20;
+
+// A consecutive run of groups of one kind (by row tiles, or by column blocks) with its packed operands.
+class Phase {
+ public:
+  Phase(const Program& program, const TileRunner& runner, size_t first_group, size_t end_group)
+      : program_(program), runner_(runner) {
+    int64_t bytes = 0;
+    for (size_t g = first_group; g < end_group; ++g) {
+      const Group& group = program.groups[g];
+      for (int32_t i = 0; i < group.num_problems; ++i) {
+        add_problem(group.layout, program.problems[group.first_problem + i], bytes);
+      }
+    }
+    packed_memory_ = c10::GetCPUAllocator()->allocate(bytes);
+    char* base = static_cast<char*>(packed_memory_.get());  // the allocator aligns to 64 bytes
+    for (size_t i = 0; i < packed_.size(); ++i) packed_[i].data = base + offsets_[i];
+    pack_all();
+  }
+
+  void run_rows(bool fused, char* scratch) {
+    // In a fused phase all problems have the same rows, and one task runs a row tile through all of them.
+    std::vector<int64_t> first_task = {0};
+    int64_t flops = 0;
+    for (const Item& item : items_) {
+      flops += item.flops;
+      first_task.push_back(first_task.back() + ceil_div(item.problem->M, kTileRows));
+    }
+    const int64_t num_tasks = fused ? ceil_div(items_[0].problem->M, kTileRows) : first_task.back();
+    for_tasks(num_tasks, flops, scratch, [&](int64_t task, const Scratch& mine) {
+      if (fused) {
+        for (const Item& item : items_) {
+          runner_.row_tile(item.layout, *item.problem, packed_of(item), task * kTileRows, mine);
+        }
+        return;
+      }
+      const size_t i = index_of(first_task, task);
+      runner_.row_tile(items_[i].layout, *items_[i].problem, packed_of(items_[i]),
+                       (task - first_task[i]) * kTileRows, mine);
+    });
+  }
+
+  void run_wgrad(char* scratch) {
+    std::vector<int64_t> first_task = {0};
+    int64_t flops = 0;
+    for (const Item& item : items_) {
+      flops += item.flops;
+      first_task.push_back(first_task.back() + num_row_blocks(*item.problem) *
+                                                   num_column_blocks(*item.problem));
+    }
+    // dots[problem]: (column blocks, M), summed in column order afterwards.
+    std::vector<std::vector<double>> dots(items_.size());
+    for (size_t i = 0; i < items_.size(); ++i) {
+      const Problem& p = *items_[i].problem;
+      if (p.row_dot) dots[i].resize(num_column_blocks(p) * p.M);
+    }
+    for_tasks(first_task.back(), flops, scratch, [&](int64_t task, const Scratch& mine) {
+      const size_t i = index_of(first_task, task);
+      const Problem& p = *items_[i].problem;
+      const int64_t tile = task - first_task[i];
+      const int64_t column_block = tile / num_row_blocks(p);
+      runner_.wgrad_tile(p, packed_of(items_[i]), tile % num_row_blocks(p) * kWgradRows,
+                         column_block * kWgradColumns,
+                         p.row_dot ? dots[i].data() + column_block * p.M : nullptr, mine);
+    });
+    for (size_t i = 0; i < items_.size(); ++i) {
+      const Problem& p = *items_[i].problem;
+      for (int64_t m = 0; p.row_dot && m < p.M; ++m) {
+        double sum = 0;
+        for (int64_t b = 0; b < num_column_blocks(p); ++b) sum += dots[i][b * p.M + m];
+        runner_.store_scale(p.row_dot, m, sum);
+      }
+    }
+  }
+
+ private:
+  struct Item {
+    Layout layout;
+    const Problem* problem;
+    size_t first_packed;
+    int64_t flops;
+  };
+
+  static int64_t num_row_blocks(const Problem& p) { return ceil_div(p.M, kWgradRows); }
+  static int64_t num_column_blocks(const Problem& p) { return ceil_div(p.N, kWgradColumns); }
+  static size_t index_of(const std::vector<int64_t>& first, int64_t task) {
+    return std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;
+  }
+
+  const Segment& segment(const Item& item, int32_t i) const {
+    return program_.segments[item.problem->first_segment + i];
+  }
+  const Packed* packed_of(const Item& item) const { return packed_.data() + item.first_packed; }
+
+  void add_problem(Layout layout, const Problem& p, int64_t& bytes) {
+    Item item = {layout, &p, packed_.size(), 0};
+    for (int32_t i = 0; i < p.num_segments; ++i) {
+      const Segment& s = segment(item, i);
+      item.flops += int64_t{2} * p.M * p.N * s.K;
+      packed_.push_back({nullptr, runner_.packed_ld(layout, p, s)});
+      offsets_.push_back(bytes);
+      bytes += round_up(runner_.packed_bytes(layout, p, s), kAlignment);
+    }
+    items_.push_back(item);
+  }
+
+  void pack_all() {
+    struct Job {
+      const Item* item;
+      int32_t segment;
+      int64_t job;
+    };
+    std::vector<Job> jobs;
+    int64_t elements = 0;
+    for (const Item& item : items_) {
+      for (int32_t i = 0; i < item.problem->num_segments; ++i) {
+        const Segment& s = segment(item, i);
+        elements += int64_t{s.K} * (item.layout == Layout::kTN ? item.problem->M : item.problem->N);
+        for (int64_t j = 0; j < runner_.num_pack_jobs(item.layout, *item.problem, s); ++j) {
+          jobs.push_back({&item, i, j});
+        }
+      }
+    }
+    const int64_t num_jobs = static_cast<int64_t>(jobs.size());
+    const int64_t jobs_per_thread = std::max<int64_t>(1, num_jobs * (1 << 14) / (elements + 1));
+    at::parallel_for(0, num_jobs, jobs_per_thread, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        const Item& item = *jobs[j].item;
+        runner_.pack(item.layout, *item.problem, segment(item, jobs[j].segment),
+                     packed_of(item)[jobs[j].segment], jobs[j].job);
+      }
+    });
+  }
+
+  template <class Task>
+  void for_tasks(int64_t num_tasks, int64_t flops, char* scratch, const Task& task) {
+    const int64_t tasks_per_thread =
+        std::max<int64_t>(1, num_tasks * kMinFlopsPerThread / (flops + 1));
+    at::parallel_for(0, num_tasks, tasks_per_thread, [&](int64_t begin, int64_t end) {
+      const Scratch mine =
+          TileRunner::scratch_at(scratch + at::get_thread_num() * TileRunner::scratch_bytes());
+      for (int64_t t = begin; t < end; ++t) task(t, mine);
+      release_micro_kernel(runner_.compute());
+    });
+  }
+
+  const Program& program_;
+  const TileRunner& runner_;
+  std::vector<Item> items_;
+  std::vector<Packed> packed_;    // of all items' segments
+  std::vector<int64_t> offsets_;  // where each lies in packed_memory_, in bytes
+  c10::DataPtr packed_memory_;
+};
+
+}  // namespace
+
+void grouped_gemm(const Program& program) {
+  const TileRunner runner(program);
+  const c10::DataPtr scratch =
+      c10::GetCPUAllocator()->allocate(at::get_num_threads() * TileRunner::scratch_bytes());
+  const size_t num_groups = program.groups.size();
+  for (size_t begin = 0; begin < num_groups;) {
+    const bool by_rows = program.groups[begin].layout != Layout::kTN;
+    size_t end = begin + 1;
+    while (end < num_groups && (program.groups[end].layout != Layout::kTN) == by_rows) ++end;
+    Phase phase(program, runner, begin, end);
+    if (by_rows) {
+      phase.run_rows(end - begin > 1, static_cast<char*>(scratch.get()));
+    } else {
+      phase.run_wgrad(static_cast<char*>(scratch.get()));
+    }
+    begin = end;
+  }
+}
+
+}  // namespace rasa::cpu

@@ -1,0 +1,335 @@
+// Plain loops that the compiler turns into vector code; built once per CPU capability (see tile_ops.h).
+//
+// Nothing here may be an inline function with external linkage outside this namespace's anonymous part: the linker
+// would keep one copy of it, perhaps the one with instructions the CPU lacks.
+#include "tile_ops.h"
+
+#include "../philox.h"
+
+#define RASA_CONCAT_(a, b) a##b
+#define RASA_CONCAT(a, b) RASA_CONCAT_(a, b)
+
+namespace rasa::cpu {
+namespace {
+
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+inline float as_float(uint32_t u) {
+  float f;
+  __builtin_memcpy(&f, &u, sizeof(f));
+  return f;
+}
+inline uint32_t as_bits(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, sizeof(u));
+  return u;
+}
+
+inline double widen(double v) { return v; }
+inline float widen(float v) { return v; }
+inline float widen(BF16 v) { return as_float(uint32_t{v.bits} << 16); }
+inline float widen(F16 v) {
+  const uint32_t sign = (uint32_t{v.bits} & 0x8000u) << 16;
+  const uint32_t rest = uint32_t{v.bits} & 0x7fffu;
+  // Multiplying by 2^112 rebases the exponent and normalises subnormals; infinities and NaN keep a full exponent.
+  const uint32_t finite = as_bits(as_float(rest << 13) * as_float(0x77800000u));
+  return as_float(sign | (rest >= 0x7c00u ? (rest << 13) | 0x7f800000u : finite));
+}
+
+template <class T>
+T narrow(double v);
+template <class T>
+T narrow(float v);
+template <>
+inline double narrow<double>(double v) {
+  return v;
+}
+template <>
+inline float narrow<float>(float v) {
+  return v;
+}
+template <>
+inline BF16 narrow<BF16>(float v) {
+  const uint32_t u = as_bits(v);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>(v != v ? 0x7fc0u : rounded)};
+}
+template <>
+inline F16 narrow<F16>(float v) {
+  const uint32_t u = as_bits(v);
+  const uint32_t sign = (u >> 16) & 0x8000u;
+  const uint32_t mag = u & 0x7fffffffu;
+  // Subnormal results: adding 0.5 puts the half's last bit at the float's last bit, so the addition rounds.
+  const uint32_t subnormal = as_bits(as_float(mag) + 0.5f) - as_bits(0.5f);
+  const uint32_t normal = (mag + 0xfffu + ((mag >> 13) & 1u) - (112u << 23)) >> 13;
+  const uint32_t finite = mag < 0x38800000u ? subnormal : normal;
+  const uint32_t overflow = mag > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  return {static_cast<uint16_t>(sign | (mag >= 0x477ff000u ? overflow : finite))};
+}
+
+template <class C>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+
+// One element: the row value after dropout and scale, in the accumulator type.
+template <class Acc, class P>
+inline Acc masked(P v, Acc scale, const uint16_t* draws, uint16_t threshold, int64_t i) {
+  const Acc w = widen(v) * scale;
+  return !draws || (draws[i] & (kDrawRange - 1)) >= threshold ? w : Acc{0};
+}
+
+template <class P, class C>
+struct Loops {
+  using Acc = typename AccOf<C>::type;
+
+  static void convert_row(const void* src_, double scale_, RowMask mask, void* dst_, int64_t n) {
+    const P* src = static_cast<const P*>(src_);
+    C* __restrict__ dst = static_cast<C*>(dst_);
+    const Acc scale = static_cast<Acc>(scale_);
+    const uint16_t threshold = static_cast<uint16_t>(mask.threshold);
+    if (mask.draws) {
+      const uint16_t* draws = mask.draws;
+      for (int64_t i = 0; i < n; ++i) {
+        const Acc w = widen(src[i]) * scale;
+        dst[i] = narrow<C>((draws[i] & (kDrawRange - 1)) >= threshold ? w : Acc{0});
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) dst[i] = narrow<C>(widen(src[i]) * scale);
+    }
+  }
+
+  static void interleave_rows(const void* const src[2], const double scale[2],
+                              const RowMask mask[2], void* dst_, int64_t n) {
+    C* __restrict__ dst = static_cast<C*>(dst_);
+    const P* row0 = static_cast<const P*>(src[0]);
+    const P* row1 = static_cast<const P*>(src[1]);
+    const Acc scale0 = static_cast<Acc>(scale[0]), scale1 = static_cast<Acc>(scale[1]);
+    const uint16_t threshold = static_cast<uint16_t>(mask[0].threshold);
+    if (!row0) {
+      for (int64_t i = 0; i < 2 * n; ++i) dst[i] = narrow<C>(Acc{0});
+    } else if (!row1) {
+      for (int64_t i = 0; i < n; ++i) {
+        dst[2 * i] = narrow<C>(masked<Acc>(row0[i], scale0, mask[0].draws, threshold, i));
+        dst[2 * i + 1] = narrow<C>(Acc{0});
+      }
+    } else if (mask[0].draws) {
+      const uint16_t *draws0 = mask[0].draws, *draws1 = mask[1].draws;
+      for (int64_t i = 0; i < n; ++i) {
+        const Acc w0 = widen(row0[i]) * scale0, w1 = widen(row1[i]) * scale1;
+        dst[2 * i] = narrow<C>((draws0[i] & (kDrawRange - 1)) >= threshold ? w0 : Acc{0});
+        dst[2 * i + 1] = narrow<C>((draws1[i] & (kDrawRange - 1)) >= threshold ? w1 : Acc{0});
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        dst[2 * i] = narrow<C>(widen(row0[i]) * scale0);
+        dst[2 * i + 1] = narrow<C>(widen(row1[i]) * scale1);
+      }
+    }
+  }
+
+  static void transpose(const void* const* src, int num_rows, int64_t cols, const void* scale_,
+                        void* dst_, int64_t ld_dst) {
+    C* __restrict__ dst = static_cast<C*>(dst_);
+    const Acc* scale = static_cast<const Acc*>(scale_);
+    for (int64_t c = 0; c < cols; ++c) {
+      const Acc f = scale ? scale[c] : Acc{1};
+      for (int j = 0; j < 16; ++j) {
+        const Acc v = j < num_rows ? widen(static_cast<const P*>(src[j])[c]) * f : Acc{0};
+        dst[c * ld_dst + j] = narrow<C>(v);
+      }
+    }
+  }
+
+  static void transpose_pairs(const void* const* src, int num_rows, int64_t cols,
+                              const void* scale_, void* dst_, int64_t ld_dst) {
+    if constexpr (sizeof(C) == 2) {
+      uint32_t* __restrict__ dst = static_cast<uint32_t*>(dst_);
+      const Acc* scale = static_cast<const Acc*>(scale_);
+      for (int64_t c = 0; c < cols; c += 2) {
+        const bool has_second = c + 1 < cols;
+        const Acc f0 = scale ? scale[c] : Acc{1};
+        const Acc f1 = scale && has_second ? scale[c + 1] : Acc{1};
+        uint32_t* out = dst + c / 2 * ld_dst;
+        for (int j = 0; j < num_rows; ++j) {
+          const P* row = static_cast<const P*>(src[j]) + c;
+          const uint32_t low = narrow<C>(widen(row[0]) * f0).bits;
+          const uint32_t high = has_second ? narrow<C>(widen(row[1]) * f1).bits : 0u;
+          out[j] = low | (high << 16);
+        }
+        for (int j = num_rows; j < 16; ++j) out[j] = 0;
+      }
+    }
+  }
+
+  static void finish_row(const void* acc_, double scale_, RowMask mask, const void* c_in_,
+                         void* out_, int64_t n) {
+    const Acc* acc = static_cast<const Acc*>(acc_);
+    const P* c_in = static_cast<const P*>(c_in_);  // may be out: no __restrict__
+    P* out = static_cast<P*>(out_);
+    const Acc scale = static_cast<Acc>(scale_);
+    const uint16_t threshold = static_cast<uint16_t>(mask.threshold);
+    const uint16_t* draws = mask.draws;
+    if (draws && c_in) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        const Acc w = acc[i] * scale;
+        out[i] = narrow<P>(widen(c_in[i]) +
+                           ((draws[i] & (kDrawRange - 1)) >= threshold ? w : Acc{0}));
+      }
+    } else if (c_in) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) out[i] = narrow<P>(widen(c_in[i]) + acc[i] * scale);
+    } else {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        out[i] = narrow<P>(masked<Acc>(acc[i], scale, draws, threshold, i));
+      }
+    }
+  }
+
+  static double dot_row(const void* acc_, const void* other_, int64_t n) {
+    const Acc* acc = static_cast<const Acc*>(acc_);
+    const P* other = static_cast<const P*>(other_);
+    Acc part[16] = {};  // independent chains, so that the loop vectorises without reordering a sum
+    const int64_t whole = n / 16 * 16;
+    for (int64_t i = 0; i < whole; i += 16) {
+      for (int j = 0; j < 16; ++j) part[j] += acc[i + j] * widen(other[i + j]);
+    }
+    double sum = 0;
+    for (int64_t i = whole; i < n; ++i) sum += acc[i] * widen(other[i]);
+    for (int j = 0; j < 16; ++j) sum += part[j];
+    return sum;
+  }
+};
+
+template <class P, class C>
+const TileOps* ops_of() {
+  using L = Loops<P, C>;
+  static const TileOps ops = {L::convert_row,     L::interleave_rows, L::transpose,
+                              L::transpose_pairs, L::finish_row,      L::dot_row};
+  return &ops;
+}
+
+template <class P>
+const TileOps* ops_of_storage(DType compute) {
+  switch (compute) {
+    case DType::kF32: return ops_of<P, float>();
+    case DType::kBF16: return ops_of<P, BF16>();
+    case DType::kF16: return ops_of<P, F16>();
+    default: return nullptr;
+  }
+}
+
+const TileOps* find(DType storage, DType compute) {
+  if (compute == DType::kF64) return storage == DType::kF64 ? ops_of<double, double>() : nullptr;
+  switch (storage) {
+    case DType::kF32: return ops_of_storage<float>(compute);
+    case DType::kBF16: return ops_of_storage<BF16>(compute);
+    case DType::kF16: return ops_of_storage<F16>(compute);
+    default: return nullptr;
+  }
+}
+
+template <class Acc>
+void add_scaled(const void* acc_, double scale_, void* total_, int64_t n) {
+  const Acc* acc = static_cast<const Acc*>(acc_);
+  Acc* __restrict__ total = static_cast<Acc*>(total_);
+  const Acc scale = static_cast<Acc>(scale_);
+  for (int64_t i = 0; i < n; ++i) total[i] += acc[i] * scale;
+}
+
+void add_scaled_row(DType acc_type, const void* acc, double scale, void* total, int64_t n) {
+  if (acc_type == DType::kF64) return add_scaled<double>(acc, scale, total, n);
+  add_scaled<float>(acc, scale, total, n);
+}
+
+// All 32 lanes of one 16 × 16 block. The lane loop is inside the round loop, so that it vectorises.
+void draw_block(uint32_t key0, uint32_t key1, uint32_t m16, uint32_t c16, uint32_t (&word)[4][32]) {
+  uint32_t w0[32], w1[32], w2[32], w3[32];
+  for (uint32_t lane = 0; lane < 32; ++lane) {
+    w0[lane] = lane;
+    w1[lane] = m16;
+    w2[lane] = c16;
+    w3[lane] = 0;
+  }
+  for (int lane0 = 0; lane0 < 32; lane0 += 16) {
+    uint32_t k0 = key0, k1 = key1;
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      for (int lane = lane0; lane < lane0 + 16; ++lane) {
+        const uint64_t p0 = uint64_t{0xD2511F53u} * w0[lane];
+        const uint64_t p1 = uint64_t{0xCD9E8D57u} * w2[lane];
+        w0[lane] = static_cast<uint32_t>(p1 >> 32) ^ w1[lane] ^ k0;
+        w1[lane] = static_cast<uint32_t>(p1);
+        w2[lane] = static_cast<uint32_t>(p0 >> 32) ^ w3[lane] ^ k1;
+        w3[lane] = static_cast<uint32_t>(p0);
+      }
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+  }
+  __builtin_memcpy(word[0], w0, sizeof(w0));
+  __builtin_memcpy(word[1], w1, sizeof(w1));
+  __builtin_memcpy(word[2], w2, sizeof(w2));
+  __builtin_memcpy(word[3], w3, sizeof(w3));
+}
+
+void draw_strip(uint64_t seed, uint32_t m16, uint32_t c16, int64_t num_blocks, uint16_t* draws,
+                int64_t ld) {
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    uint32_t word[4][32];
+    draw_block(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), m16,
+               c16 + static_cast<uint32_t>(b), word);
+    // Lanes 4·(m%8) … +3 of a word hold 8 neighbouring features of row m, low half first: 16 bytes as they lie.
+    for (int m = 0; m < 16; ++m) {
+      uint16_t* row = draws + m * ld + b * 16;
+      __builtin_memcpy(row, &word[m / 8][4 * (m % 8)], 16);
+      __builtin_memcpy(row + 8, &word[m / 8 + 2][4 * (m % 8)], 16);
+    }
+  }
+}
+
+template <class T>
+void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t ldA, const T* B, int64_t ldB,
+          T* __restrict__ C, int64_t ldC, bool add_C) {
+  for (int64_t m = 0; m < M; ++m) {
+    T* __restrict__ row = C + m * ldC;
+    if (!add_C) {
+      for (int64_t n = 0; n < N; ++n) row[n] = 0;
+    }
+    for (int64_t k = 0; k < K; ++k) {
+      const T a = A[m * ldA + k];
+      const T* b = B + k * ldB;
+      for (int64_t n = 0; n < N; ++n) row[n] += a * b[n];
+    }
+  }
+}
+
+void plain_gemm(DType dtype, int64_t M, int64_t N, int64_t K, const void* A, int64_t ldA,
+                const void* B, int64_t ldB, void* C, int64_t ldC, bool add_C) {
+  if (dtype == DType::kF64) {
+    gemm(M, N, K, static_cast<const double*>(A), ldA, static_cast<const double*>(B), ldB,
+         static_cast<double*>(C), ldC, add_C);
+  } else {
+    gemm(M, N, K, static_cast<const float*>(A), ldA, static_cast<const float*>(B), ldB,
+         static_cast<float*>(C), ldC, add_C);
+  }
+}
+
+}  // namespace
+
+const TileOpsTable& RASA_CONCAT(tile_ops_, RASA_CPU_CAPABILITY)() {
+  static const TileOpsTable table = {find, add_scaled_row, draw_strip, plain_gemm};
+  return table;
+}
+
+}  // namespace rasa::cpu

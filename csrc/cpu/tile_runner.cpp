@@ -1,0 +1,370 @@
+#include "tile_runner.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "../philox.h"
+
+namespace rasa::cpu {
+namespace {
+
+constexpr int64_t kAccElements = std::max(kTileRows * kTileColumns, kWgradRows * kWgradColumns);
+constexpr int64_t kOperandElements = std::max(kTileRows * kTileDepth, kWgradDepth * kWgradColumns);
+constexpr int64_t kDrawsPerStrip = kDropoutBlock * std::max(kTileDepth, kTileColumns);
+static_assert(kTileDepth % kDropoutBlock == 0 && kTileColumns % kDropoutBlock == 0 &&
+                  kWgradColumns % kDropoutBlock == 0 && kTileRows % kDropoutBlock == 0 &&
+                  kWgradDepth % kDropoutBlock == 0,
+              "tiles start at the corner of a dropout block");
+
+// A row stride of whole pages puts the same columns of all rows into the same few cache sets.
+constexpr int64_t kPageBytes = 4096;
+
+}  // namespace
+
+TileRunner::TileRunner(const Program& program)
+    : program_(program),
+      compute_(compute_dtype(program.dtype)),
+      acc_(acc_dtype(compute_)),
+      pairs_(pairs_rows_of_B(compute_)),
+      table_(tile_ops()) {}
+
+int64_t TileRunner::scratch_bytes() {
+  return 8 * (kOperandElements + 2 * kAccElements) +
+         static_cast<int64_t>(sizeof(uint16_t)) * kDrawsPerStrip;
+}
+
+Scratch TileRunner::scratch_at(char* memory) {
+  char* acc = memory + 8 * kOperandElements;
+  char* segment_acc = acc + 8 * kAccElements;
+  return {memory, acc, segment_acc, reinterpret_cast<uint16_t*>(segment_acc + 8 * kAccElements)};
+}
+
+const TileOps& TileRunner::ops(DType storage) const { return *table_.find(storage, compute_); }
+
+char* TileRunner::row(const Matrix& matrix, int64_t i) const {
+  for (int32_t b = 0; b < matrix.num_blocks; ++b) {
+    const Block& block = program_.blocks[matrix.first_block + b];
+    if (i < block.rows) {
+      return block.ptr
+                 ? static_cast<char*>(block.ptr) + i * block.ld * element_size(matrix.dtype)
+                 : nullptr;
+    }
+    i -= block.rows;
+  }
+  return nullptr;
+}
+
+double TileRunner::load_scale(const void* scale, int64_t i) const {
+  switch (program_.scale_dtype) {
+    case DType::kF64: return static_cast<const double*>(scale)[i];
+    case DType::kF32: return static_cast<const float*>(scale)[i];
+    case DType::kBF16: return static_cast<const c10::BFloat16*>(scale)[i];
+    default: return static_cast<const c10::Half*>(scale)[i];
+  }
+}
+
+void TileRunner::store_scale(void* scale, int64_t i, double value) const {
+  const float v = static_cast<float>(value);
+  switch (program_.scale_dtype) {
+    case DType::kF64: static_cast<double*>(scale)[i] = value; break;
+    case DType::kF32: static_cast<float*>(scale)[i] = v; break;
+    case DType::kBF16: static_cast<c10::BFloat16*>(scale)[i] = v; break;
+    default: static_cast<c10::Half*>(scale)[i] = v; break;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Packing the small operand
+// ---------------------------------------------------------------------------------------------------------------------
+
+int64_t TileRunner::packed_ld(Layout layout, const Problem& p, const Segment& s) const {
+  return round_up(layout == Layout::kTN ? s.K : p.N, 16);
+}
+
+int64_t TileRunner::packed_bytes(Layout layout, const Problem& p, const Segment& s) const {
+  const int64_t rows = layout == Layout::kTN ? p.M : round_up(s.K, 2);
+  return rows * packed_ld(layout, p, s) * compute_size();
+}
+
+int64_t TileRunner::num_pack_jobs(Layout layout, const Problem& p, const Segment& s) const {
+  switch (layout) {
+    case Layout::kNT: return ceil_div(p.N, 16) * ceil_div(s.K, kTileDepth);
+    case Layout::kNN: return ceil_div(s.K, 16) * ceil_div(p.N, kTileColumns);
+    default: return ceil_div(s.K, 16);
+  }
+}
+
+void TileRunner::pack(Layout layout, const Problem& p, const Segment& s, Packed packed,
+                      int64_t job) const {
+  const int64_t pair = pairs_ ? 2 : 1;
+  const Matrix& matrix = layout == Layout::kTN ? s.A : s.B;
+  const int64_t size = element_size(matrix.dtype);
+  const int64_t num_groups = ceil_div(layout == Layout::kNT ? p.N : s.K, 16);
+  const int64_t row0 = job % num_groups * 16;
+  const int64_t chunk = job / num_groups;
+
+  if (layout == Layout::kNN) {
+    const int64_t n0 = chunk * kTileColumns;
+    const int64_t cols = std::min<int64_t>(kTileColumns, p.N - n0);
+    for (int64_t k = row0; k < std::min<int64_t>(row0 + 16, s.K); k += pair) {
+      const void* src[2] = {nullptr, nullptr};
+      double scale[2] = {1, 1};
+      for (int64_t h = 0; h < pair && k + h < s.K; ++h) {
+        if (char* data = row(matrix, k + h)) {
+          src[h] = data + n0 * size;
+          if (s.scale_k) scale[h] = load_scale(s.scale_k, k + h);
+        }
+      }
+      char* dst = packed.data + (k * packed.ld + n0 * pair) * compute_size();
+      const RowMask none[2] = {};
+      if (pairs_) {
+        ops(matrix.dtype).interleave_rows(src, scale, none, dst, cols);
+      } else if (src[0]) {
+        ops(matrix.dtype).convert_row(src[0], scale[0], none[0], dst, cols);
+      } else {
+        std::memset(dst, 0, cols * compute_size());
+      }
+    }
+    return;
+  }
+
+  // NT: B (N,K) becomes (K,N). TN: A (K,M) becomes (M,K).
+  const int64_t c0 = layout == Layout::kNT ? chunk * kTileDepth : 0;
+  const int64_t cols = layout == Layout::kNT ? std::min<int64_t>(kTileDepth, s.K - c0) : p.M;
+  const int64_t rows_wanted = std::min<int64_t>(16, (layout == Layout::kNT ? p.N : s.K) - row0);
+  const void* src[16];
+  int num_rows = 0;
+  for (; num_rows < rows_wanted; ++num_rows) {
+    const char* data = row(matrix, row0 + num_rows);
+    if (!data) break;
+    src[num_rows] = data + c0 * size;
+  }
+  if (layout == Layout::kTN) {
+    ops(matrix.dtype).transpose(src, num_rows, cols, nullptr, packed.data + row0 * compute_size(),
+                                packed.ld);
+    return;
+  }
+  double scale[kTileDepth];
+  if (s.scale_k) {
+    for (int64_t c = 0; c < cols; ++c) {
+      const double value = load_scale(s.scale_k, c0 + c);
+      if (acc_ == DType::kF64) {
+        scale[c] = value;
+      } else {
+        reinterpret_cast<float*>(scale)[c] = static_cast<float>(value);
+      }
+    }
+  }
+  char* dst = packed.data + (c0 * packed.ld + row0 * pair) * compute_size();
+  const auto transpose = pairs_ ? ops(matrix.dtype).transpose_pairs : ops(matrix.dtype).transpose;
+  transpose(src, num_rows, cols, s.scale_k ? scale : nullptr, dst, packed.ld);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tiles
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <class Multiply>
+void TileRunner::sum_segments(const Problem& p, int64_t rows, int64_t cols, int64_t m0, char* acc,
+                              int64_t ld_acc, bool add, const Scratch& scratch,
+                              Multiply multiply) const {
+  for (int32_t i = 0; i < p.num_segments; ++i) {
+    const Segment& s = program_.segments[p.first_segment + i];
+    if (s.K == 0) continue;
+    if (s.scale_m && p.num_segments > 1) {
+      multiply(i, s, scratch.segment_acc, false);
+      for (int64_t r = 0; r < rows; ++r) {
+        char* total = acc + r * ld_acc * acc_size();
+        if (!add) std::memset(total, 0, cols * acc_size());
+        table_.add_scaled_row(acc_, scratch.segment_acc + r * ld_acc * acc_size(),
+                              load_scale(s.scale_m, m0 + r), total, cols);
+      }
+    } else {
+      multiply(i, s, acc, add);
+    }
+    add = true;
+  }
+  if (!add) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memset(acc + r * ld_acc * acc_size(), 0, cols * acc_size());
+    }
+  }
+}
+
+double TileRunner::row_scale(const Problem& p, int64_t m) const {
+  const void* scale_m =
+      p.num_segments == 1 ? program_.segments[p.first_segment].scale_m : nullptr;
+  return scale_m ? load_scale(scale_m, m) : 1.0;
+}
+
+bool TileRunner::accumulates_in_place(const Problem& p, bool dropout) const {
+  if (p.C.dtype != acc_ || dropout) return false;
+  for (int32_t i = 0; i < p.num_segments; ++i) {
+    if (program_.segments[p.first_segment + i].scale_m) return false;
+  }
+  return true;
+}
+
+TileRunner::Tile TileRunner::stream_rows(const Problem& p, const Segment& s, bool dropout,
+                                         int64_t m0, int64_t rows, int64_t k0, int64_t depth,
+                                         const Scratch& scratch) const {
+  const int64_t size = element_size(s.A.dtype);
+  if (s.A.dtype == compute_ && !dropout && !(pairs_ && depth % 2)) {
+    return {row(s.A, m0) + k0 * size, program_.blocks[s.A.first_block].ld};
+  }
+  const double scale = dropout ? keep_scale(p.drop_threshold) : 1.0;
+  for (int64_t r = 0; r < rows; ++r) {
+    RowMask mask;
+    if (dropout) {
+      if (r % kDropoutBlock == 0) {
+        table_.draw_strip(seed(p), (m0 + r) / kDropoutBlock, k0 / kDropoutBlock,
+                          ceil_div(depth, kDropoutBlock), scratch.draws, kTileDepth);
+      }
+      mask = {scratch.draws + r % kDropoutBlock * kTileDepth, p.drop_threshold};
+    }
+    char* dst = scratch.operand + r * kTileDepth * compute_size();
+    ops(s.A.dtype).convert_row(row(s.A, m0 + r) + k0 * size, scale, mask, dst, depth);
+    if (pairs_ && depth % 2) std::memset(dst + depth * compute_size(), 0, compute_size());
+  }
+  return {scratch.operand, kTileDepth};
+}
+
+void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed, int64_t m0,
+                          const Scratch& scratch) const {
+  const int64_t rows = std::min<int64_t>(kTileRows, p.M - m0);
+  const int64_t pair = pairs_ ? 2 : 1;
+  const bool has_dropout = p.seed && p.drop_threshold > 0;
+  const bool drops_input = has_dropout && layout == Layout::kNT;
+  const bool drops_product = has_dropout && layout == Layout::kNN;
+  const bool in_place = accumulates_in_place(p, drops_product);
+  const TileOps& c_ops = ops(p.C.dtype);
+  const int64_t c_size = element_size(p.C.dtype);
+
+  for (int64_t n0 = 0; n0 < p.N; n0 += kTileColumns) {
+    const int64_t cols = std::min<int64_t>(kTileColumns, p.N - n0);
+    char* acc = in_place ? row(p.C, m0) + n0 * c_size : scratch.acc;
+    const int64_t ld_acc = in_place ? program_.blocks[p.C.first_block].ld : round_up(cols, 16);
+    const bool add = in_place && p.C_in.num_blocks > 0;
+    if (add && row(p.C_in, m0) != row(p.C, m0)) {
+      for (int64_t r = 0; r < rows; ++r) {
+        c_ops.convert_row(row(p.C_in, m0 + r) + n0 * c_size, 1.0, {},
+                          row(p.C, m0 + r) + n0 * c_size, cols);
+      }
+    }
+    const auto multiply = [&](int32_t i, const Segment& s, char* out, bool add_out) {
+      for (int64_t k0 = 0; k0 < s.K; k0 += kTileDepth) {
+        const int64_t depth = std::min<int64_t>(kTileDepth, s.K - k0);
+        const Tile a = stream_rows(p, s, drops_input, m0, rows, k0, depth, scratch);
+        const char* b = packed[i].data + (k0 * packed[i].ld + n0 * pair) * compute_size();
+        for (int64_t m = 0; m < rows;) {
+          const int64_t piece = largest_piece(rows - m, kTileRows);
+          tile_gemm(compute_, piece, cols, round_up(depth, pair),
+                    a.data + m * a.ld * compute_size(), a.ld, b, packed[i].ld,
+                    out + m * ld_acc * acc_size(), ld_acc, add_out || k0 > 0);
+          m += piece;
+        }
+      }
+    };
+    sum_segments(p, rows, cols, m0, acc, ld_acc, add, scratch, multiply);
+    if (in_place) continue;
+
+    const double keep = drops_product ? keep_scale(p.drop_threshold) : 1.0;
+    for (int64_t r = 0; r < rows; ++r) {
+      RowMask mask;
+      if (drops_product) {
+        if (r % kDropoutBlock == 0) {
+          table_.draw_strip(seed(p), (m0 + r) / kDropoutBlock, n0 / kDropoutBlock,
+                            ceil_div(cols, kDropoutBlock), scratch.draws, kTileColumns);
+        }
+        mask = {scratch.draws + r % kDropoutBlock * kTileColumns, p.drop_threshold};
+      }
+      const char* c_in = p.C_in.num_blocks ? row(p.C_in, m0 + r) + n0 * c_size : nullptr;
+      c_ops.finish_row(acc + r * ld_acc * acc_size(), keep * row_scale(p, m0 + r), mask, c_in,
+                       row(p.C, m0 + r) + n0 * c_size, cols);
+    }
+  }
+}
+
+TileRunner::Tile TileRunner::stream_columns(const Problem& p, const Segment& s, int64_t k0,
+                                            int64_t depth, int64_t n0, int64_t cols,
+                                            const Scratch& scratch) const {
+  const int64_t size = element_size(s.B.dtype);
+  const bool dropout = p.seed && p.drop_threshold > 0;
+  const int64_t ld = program_.blocks[s.B.first_block].ld;
+  if (s.B.dtype == compute_ && !pairs_ && !dropout && !s.scale_k && s.B.num_blocks == 1 &&
+      ld * size % kPageBytes != 0) {
+    return {row(s.B, k0) + n0 * size, ld};
+  }
+  const int64_t pair = pairs_ ? 2 : 1;
+  const double keep = dropout ? keep_scale(p.drop_threshold) : 1.0;
+  for (int64_t k = 0; k < round_up(depth, 16); k += pair) {
+    if (dropout && k % kDropoutBlock == 0) {
+      table_.draw_strip(seed(p), (k0 + k) / kDropoutBlock, n0 / kDropoutBlock,
+                        ceil_div(cols, kDropoutBlock), scratch.draws, kWgradColumns);
+    }
+    const void* src[2] = {nullptr, nullptr};
+    double scale[2] = {keep, keep};
+    RowMask mask[2];
+    for (int64_t h = 0; h < pair; ++h) {
+      const char* data = k + h < depth ? row(s.B, k0 + k + h) : nullptr;
+      if (!data) continue;
+      src[h] = data + n0 * size;
+      if (s.scale_k) scale[h] *= load_scale(s.scale_k, k0 + k + h);
+      if (dropout) {
+        mask[h] = {scratch.draws + (k + h) % kDropoutBlock * kWgradColumns, p.drop_threshold};
+      }
+    }
+    char* dst = scratch.operand + k * kWgradColumns * compute_size();
+    if (pairs_) {
+      ops(s.B.dtype).interleave_rows(src, scale, mask, dst, cols);
+    } else if (src[0]) {
+      ops(s.B.dtype).convert_row(src[0], scale[0], mask[0], dst, cols);
+    } else {
+      std::memset(dst, 0, cols * compute_size());
+    }
+  }
+  return {scratch.operand, kWgradColumns};
+}
+
+void TileRunner::wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, int64_t n0,
+                            double* dots, const Scratch& scratch) const {
+  const int64_t rows = std::min<int64_t>(kWgradRows, p.M - m0);
+  const int64_t cols = std::min<int64_t>(kWgradColumns, p.N - n0);
+  const auto multiply = [&](int32_t i, const Segment& s, char* out, bool add) {
+    for (int64_t k0 = 0; k0 < s.K; k0 += kWgradDepth) {
+      const int64_t depth = std::min<int64_t>(kWgradDepth, s.K - k0);
+      const Tile b = stream_columns(p, s, k0, depth, n0, cols, scratch);
+      // A converted tile is zero up to a multiple of 16 tokens, as packed A is; one read in place ends where it ends.
+      const bool converted = b.data == scratch.operand;
+      const int64_t whole = converted ? round_up(depth, 16) : depth;
+      for (int64_t k = 0; k < whole;) {
+        const int64_t piece = converted ? whole : largest_piece(whole - k, kWgradDepth);
+        tile_gemm(compute_, rows, cols, piece,
+                  packed[i].data + (m0 * packed[i].ld + k0 + k) * compute_size(), packed[i].ld,
+                  b.data + k * b.ld * compute_size(), b.ld, out, kWgradColumns,
+                  add || k0 + k > 0);
+        k += piece;
+      }
+    }
+  };
+  sum_segments(p, rows, cols, m0, scratch.acc, kWgradColumns, false, scratch, multiply);
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const char* acc = scratch.acc + r * kWgradColumns * acc_size();
+    if (dots) {
+      const int64_t size = element_size(p.row_dot_with.dtype);
+      dots[m0 + r] =
+          ops(p.row_dot_with.dtype).dot_row(acc, row(p.row_dot_with, m0 + r) + n0 * size, cols);
+    }
+    char* out = row(p.C, m0 + r);
+    if (!out) continue;
+    const int64_t size = element_size(p.C.dtype);
+    const char* c_in = p.C_in.num_blocks ? row(p.C_in, m0 + r) + n0 * size : nullptr;
+    ops(p.C.dtype).finish_row(acc, row_scale(p, m0 + r), {}, c_in, out + n0 * size, cols);
+  }
+}
+
+}  // namespace rasa::cpu

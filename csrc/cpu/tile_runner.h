@@ -1,0 +1,92 @@
+// Runs one tile of a problem: the operands' rows, their packed forms, the dropout draws, the epilogue.
+//
+// In every form one operand is small, the ranks: it is packed once per call into the layout of the micro-kernels.
+// The other is as long as the batch: it streams through in tiles, in place where the micro-kernel can read it and
+// converted tile by tile in cache where it cannot (dropout, another dtype, rows in pairs).
+#pragma once
+
+#include "../host_device.h"
+#include "micro_kernel.h"
+
+namespace rasa::cpu {
+
+// Tile sizes. A row tile's x (64 × 512), s and accumulators stay in the L2 cache; 96 columns × R ranks of a wgrad
+// tile keep the accumulators of one micro-kernel call in registers.
+constexpr int64_t kTileRows = 64;
+constexpr int64_t kTileDepth = 512;
+constexpr int64_t kTileColumns = 512;
+constexpr int64_t kWgradRows = 256;
+constexpr int64_t kWgradColumns = 96;
+constexpr int64_t kWgradDepth = 256;
+
+// The small operand of one segment, packed: B (K,N) in NT and NN, op(A) (M,K) in TN.
+struct Packed {
+  char* data;
+  int64_t ld;
+};
+
+// One thread's buffers.
+struct Scratch {
+  char* operand;       // the converted tile of the streamed operand
+  char* acc;           // accumulators of the tile
+  char* segment_acc;   // accumulators of one segment, where segments have their own scale_m
+  uint16_t* draws;     // 16 rows of dropout draws
+};
+
+class TileRunner {
+ public:
+  explicit TileRunner(const Program& program);
+
+  DType compute() const { return compute_; }
+
+  // The caller provides the memory of scratch and packed operands.
+  static int64_t scratch_bytes();
+  static Scratch scratch_at(char* memory);
+
+  int64_t packed_bytes(Layout layout, const Problem& p, const Segment& s) const;
+  int64_t packed_ld(Layout layout, const Problem& p, const Segment& s) const;
+  // A packing job is 16 rows of the operand as stored; jobs are independent.
+  int64_t num_pack_jobs(Layout layout, const Problem& p, const Segment& s) const;
+  void pack(Layout layout, const Problem& p, const Segment& s, Packed packed, int64_t job) const;
+
+  // Rows [m0, m0 + kTileRows) of an NT or NN problem. packed: one per segment of the problem.
+  void row_tile(Layout layout, const Problem& p, const Packed* packed, int64_t m0,
+                const Scratch& scratch) const;
+
+  // Tile (m0, n0) of a TN problem. dots (M), if not null: where this column block's share of row_dot goes.
+  void wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, int64_t n0, double* dots,
+                  const Scratch& scratch) const;
+
+  double load_scale(const void* scale, int64_t i) const;
+  void store_scale(void* scale, int64_t i, double value) const;
+
+ private:
+  int64_t compute_size() const { return element_size(compute_); }
+  int64_t acc_size() const { return element_size(acc_); }
+  char* row(const Matrix& matrix, int64_t i) const;
+  const TileOps& ops(DType storage) const;
+  uint64_t seed(const Problem& p) const { return static_cast<uint64_t>(*p.seed); }
+
+  struct Tile {
+    const char* data;
+    int64_t ld;
+  };
+  Tile stream_rows(const Problem& p, const Segment& s, bool dropout, int64_t m0, int64_t rows,
+                   int64_t k0, int64_t depth, const Scratch& scratch) const;
+  Tile stream_columns(const Problem& p, const Segment& s, int64_t k0, int64_t depth, int64_t n0,
+                      int64_t cols, const Scratch& scratch) const;
+  // acc (rows, cols) = Σ segments, scale_m applied where there is more than one; multiply(i, segment, out, add).
+  template <class Multiply>
+  void sum_segments(const Problem& p, int64_t rows, int64_t cols, int64_t m0, char* acc,
+                    int64_t ld_acc, bool add, const Scratch& scratch, Multiply multiply) const;
+  double row_scale(const Problem& p, int64_t m) const;
+  // C itself can be the accumulator: same type, and nothing is left to do to the sum.
+  bool accumulates_in_place(const Problem& p, bool dropout) const;
+
+  const Program& program_;
+  DType compute_, acc_;
+  bool pairs_;
+  const TileOpsTable& table_;
+};
+
+}  // namespace rasa::cpu
