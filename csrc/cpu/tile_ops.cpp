@@ -298,18 +298,27 @@ void draw_strip(uint64_t seed, uint32_t m16, uint32_t c16, int64_t num_blocks, u
   }
 }
 
+// Sums of kSumLength products are added up, rather than one long chain: its rounding error grows with its length.
+constexpr int64_t kSumLength = 32;
+constexpr int64_t kSumColumns = 128;
+
 template <class T>
-void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t ldA, const T* B, int64_t ldB,
-          T* __restrict__ C, int64_t ldC, bool add_C) {
+void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t ldA, const T* B, int64_t ldB, T* C,
+          int64_t ldC, bool add_C) {
   for (int64_t m = 0; m < M; ++m) {
-    T* __restrict__ row = C + m * ldC;
-    if (!add_C) {
-      for (int64_t n = 0; n < N; ++n) row[n] = 0;
-    }
-    for (int64_t k = 0; k < K; ++k) {
-      const T a = A[m * ldA + k];
-      const T* b = B + k * ldB;
-      for (int64_t n = 0; n < N; ++n) row[n] += a * b[n];
+    for (int64_t n0 = 0; n0 < N; n0 += kSumColumns) {
+      const int64_t cols = N - n0 < kSumColumns ? N - n0 : kSumColumns;
+      T* __restrict__ row = C + m * ldC + n0;
+      for (int64_t n = 0; !add_C && n < cols; ++n) row[n] = 0;
+      for (int64_t k0 = 0; k0 < K; k0 += kSumLength) {
+        T part[kSumColumns] = {};
+        for (int64_t k = k0; k < K && k < k0 + kSumLength; ++k) {
+          const T a = A[m * ldA + k];
+          const T* b = B + k * ldB + n0;
+          for (int64_t n = 0; n < cols; ++n) part[n] += a * b[n];
+        }
+        for (int64_t n = 0; n < cols; ++n) row[n] += part[n];
+      }
     }
   }
 }
