@@ -132,7 +132,7 @@ def decide_backends(
     torch: Torch, toolkit: CudaToolkit | None, has_cuda_sources: bool
 ) -> tuple[tuple[str, ...], str | None]:
     """Return the backends to build, and why CUDA is not among them where torch has it."""
-    cpu_only = f"building for CPU only: torch {torch.version} is a CUDA {torch.cuda} build, but"
+    cpu_only = f"CPU backend only: torch {torch.version} is a CUDA {torch.cuda} build, but"
     if torch.cuda is None:
         return ("cpu",), None
     if not has_cuda_sources:

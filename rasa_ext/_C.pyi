@@ -3,8 +3,8 @@
 def cpu_capability() -> str:
     """Which compilation of the tile loops this CPU runs: "baseline", "avx2" or "avx512"."""
 
-def micro_kernel() -> str:
-    """Which dtypes run on the library's micro-kernels."""
+def micro_kernel_dtypes() -> str:
+    """Which dtypes multiply in the library's micro-kernels, as "float32,bfloat16"."""
 
 def set_portable(portable: bool) -> None:
-    """Force the portable loops in place of the library's micro-kernels."""
+    """Run the portable loops for everything, as on a CPU without micro-kernels."""

@@ -9,7 +9,6 @@ from typing import TypedDict
 
 import torch
 
-
 _REINSTALL = (
     "Install rasa_ext again in this environment: pip install --force-reinstall --no-deps ., in its "
     "source folder"
@@ -28,7 +27,7 @@ class BuildInfo(TypedDict):
     notice: str | None
     cuda_architectures: tuple[str, ...]
     cpu_capability: str
-    micro_kernel: str
+    micro_kernel_dtypes: str
 
 
 def load_extension() -> None:
@@ -88,5 +87,5 @@ def build_info() -> BuildInfo:
         "notice": _build_config.notice,
         "cuda_architectures": _build_config.cuda_architectures,
         "cpu_capability": _C.cpu_capability(),
-        "micro_kernel": _C.micro_kernel(),
+        "micro_kernel_dtypes": _C.micro_kernel_dtypes(),
     }
