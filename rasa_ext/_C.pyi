@@ -1,0 +1,10 @@
+"""The compiled extension. Loading it registers torch.ops.rasa_ext; torch must be loaded first."""
+
+def cpu_capability() -> str:
+    """Which compilation of the tile loops this CPU runs: "baseline", "avx2" or "avx512"."""
+
+def micro_kernel_dtypes() -> str:
+    """Which dtypes multiply in the library's micro-kernels, as "float32,bfloat16"."""
+
+def set_portable(portable: bool) -> None:
+    """Run the portable loops for everything, as on a CPU without micro-kernels."""

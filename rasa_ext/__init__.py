@@ -1,0 +1,39 @@
+"""LoRA and RaSA linear layers as fused PyTorch ops.
+
+Importing the package loads its compiled extension, which registers the ops under
+`torch.ops.rasa_ext`.
+"""
+
+from rasa_ext.build_info import build_info, load_extension
+
+load_extension()  # before the modules below: they use the ops it registers
+
+from rasa_ext._build_config import version as __version__  # noqa: E402
+from rasa_ext.injection import Summary, apply  # noqa: E402
+from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
+from rasa_ext.ops import dropout_mask, grouped_gemm, rasa_add, rasa_linear  # noqa: E402
+from rasa_ext.weights import (  # noqa: E402
+    adapter_state_dict,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
+
+__all__ = [
+    "RaSALinear",
+    "SharedPool",
+    "Summary",
+    "__version__",
+    "adapter_state_dict",
+    "apply",
+    "build_info",
+    "dropout_mask",
+    "grouped_gemm",
+    "load_adapter",
+    "merge",
+    "rasa_add",
+    "rasa_linear",
+    "save_adapter",
+    "unmerge",
+]
