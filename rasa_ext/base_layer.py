@@ -83,14 +83,25 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.get_default_device()
 
 
-def must_be_called(base: nn.Module) -> bool:
-    """Return whether a plain nn.Linear trains, or carries hooks that only its own call runs."""
-    weight: Any = base.weight
-    bias: Any = base.bias
-    return bool(
+def fusible(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Return (weight, bias) of an nn.Linear that an op may compute in its place, else None.
+
+    Not of one that trains, or carries hooks, which only its own call runs.
+    """
+    # The dictionary first: nn.Module's attribute lookup costs as much as a small op. FSDP1 and
+    # weight_norm keep tensors elsewhere.
+    tensors = base._parameters
+    weight: Any
+    bias: Any
+    if "weight" in tensors and "bias" in tensors:
+        weight, bias = tensors["weight"], tensors["bias"]
+    else:
+        weight, bias = base.weight, base.bias
+    must_be_called = (
         weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or base._forward_hooks
         or base._forward_pre_hooks
         or "forward" in base.__dict__  # replaced on the instance, as accelerate's offloading does
     )
+    return None if must_be_called else (weight, bias)

@@ -14,12 +14,19 @@ from rasa_ext.base_layer import (
     check_config,
     device_of,
     features,
+    fusible,
     is_transposed,
-    must_be_called,
 )
 from rasa_ext.ops import rasa_add, rasa_linear
 
 _MAX_SEED = 2**63 - 1
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """Return module.name; past nn.Module's attribute lookup, which costs as much as a small op."""
+    tensor = module._parameters.get(name)
+    # Elsewhere: a constant d (a buffer), and what FSDP1 or a parametrisation put in its place.
+    return tensor if tensor is not None else getattr(module, name)  # type: ignore[no-any-return]
 
 
 def _init_rank_weights(A: Tensor, Bt: Tensor) -> None:
@@ -206,7 +213,7 @@ class RaSALinear(nn.Module):
                 f"RaSALinear: x must be a tensor (..., in_features) = [..., {self.in_features}], "
                 f"got {got}"
             )
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         if self.merged:
             if self.training:
                 raise RuntimeError(
@@ -218,21 +225,19 @@ class RaSALinear(nn.Module):
         if self.training and self.dropout > 0.0:
             # From torch's generator, so that manual_seed and checkpointing repeat the mask.
             p, seed = self.dropout, torch.randint(_MAX_SEED, (), device=x.device)
+        A, Bt, d = _tensor(self, "A"), _tensor(self, "Bt"), _tensor(self, "d")
         pool = self.pool
         if pool is None:
             A_shared, Bt_shared = self._no_A_shared, self._no_Bt_shared
         else:
-            A_shared, Bt_shared = pool.A_shared, pool.Bt_shared
+            A_shared, Bt_shared = _tensor(pool, "A_shared"), _tensor(pool, "Bt_shared")
         x2d = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if self._is_plain_linear and not must_be_called(base):
-            weight: Any = base.weight
-            bias: Any = base.bias
-            y = rasa_linear(
-                x2d, weight, bias, self.A, A_shared, self.Bt, Bt_shared, self.d, p, seed
-            )
+        fused = fusible(base) if self._is_plain_linear else None
+        if fused is not None:
+            y = rasa_linear(x2d, *fused, A, A_shared, Bt, Bt_shared, d, p, seed)
         else:
             y = base(x).reshape(-1, self.out_features)
-            y = rasa_add(x2d, y, self.A, A_shared, self.Bt, Bt_shared, self.d, p, seed)
+            y = rasa_add(x2d, y, A, A_shared, Bt, Bt_shared, d, p, seed)
         return y if x.dim() == 2 else y.reshape(x.shape[:-1] + (self.out_features,))
 
     @property
