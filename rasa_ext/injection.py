@@ -249,8 +249,9 @@ def match(root: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
         matched |= hits
     if missing or not matched:
         linears = {_short_name(name) for name, module in modules.items() if features(module)}
+        nothing = f"no module is named {', '.join(map(repr, missing))}"
         raise ValueError(
-            f"apply: no module is named {', '.join(map(repr, missing)) or 'by target_modules'}. "
+            f"apply: {nothing if missing else 'target_modules names nothing'}. "
             f"Linear layers of this model: {', '.join(sorted(linears)) or 'none'}"
         )
     return {name: module for name, module in modules.items() if name in matched}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rasa_ext.base_layer import adapter_dtype, check_config, features
@@ -81,9 +81,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"save_adapter: the folder of {path} does not exist")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        # Copies: safetensors refuses views of one storage, which flattened parameters are.
         copies = {key: t.to("cpu", copy=True).contiguous() for key, t in tensors.items()}
-        save_file(copies, temporary, metadata)
-        _flush(temporary)
+        with open(temporary, "xb") as file:
+            file.write(save(copies, metadata))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise OSError(
@@ -92,17 +95,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+    _flush_names(target.parent)
+
+
+def _flush_names(folder: Path) -> None:
+    """Return when the folder's list of names is on disk, where the system can do that."""
     if os.name == "posix":
-        _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    """Return when the file, or the folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Summary:
@@ -346,7 +349,7 @@ def _parse_config(path: str | os.PathLike[str], text: str) -> Config:
         alpha, dropout = float(config["alpha"]), float(config["dropout"])
         check_config("config", config["r"], config["k"], alpha, dropout)
         if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype must be a torch dtype, got {dtype}")
+            raise ValueError(f"dtype must be a torch dtype, got {config['dtype']!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"load_adapter: {path} has no usable config in its metadata: {error!r}"
