@@ -1,11 +1,21 @@
-"""Small models for the tests of the Python layer: three layer namings, and odd base layers."""
+"""Small models and layers for the tests of the Python layer, and what is compared of them."""
 
 from __future__ import annotations
+
+import copy
+import io
 
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.injection import apply
+from rasa_ext.module import RaSALinear, SharedPool
+
+K, N, L = 24, 16, 3
 PROJECTIONS = ("q_proj", "v_proj", "down_proj")
+# A pool and a layer of trained().
+POOL = "rasa_pools.attn__q_proj__8x8"
+LAYER = "layers.0.attn.q_proj"
 
 
 class Block(nn.Module):
@@ -84,3 +94,67 @@ def randomize_adapters(model: nn.Module, seed: int = 1) -> nn.Module:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(noise / max(parameter.shape[-1], 1) ** 0.5)
     return model
+
+
+def make_layer(
+    r: int = 4, k: int = 1, base: nn.Module | None = None, dropout: float = 0.0
+) -> RaSALinear:
+    torch.manual_seed(0)
+    pool = SharedPool(K, N, k, L) if k > 0 else None
+    layer = RaSALinear(base or nn.Linear(K, N), pool, r, k, alpha=16, dropout=dropout)
+    if pool is not None:
+        randomize_adapters(pool, seed=2)
+    return randomize_adapters(layer)
+
+
+def plain(naming: str = "layers", **kwargs) -> TinyModel:
+    torch.manual_seed(0)
+    return TinyModel(naming, **kwargs)
+
+
+def trained(r: int = 4, k: int = 1, naming: str = "layers", **kwargs) -> TinyModel:
+    model = plain(naming)
+    apply(model, r=r, k=k, target_modules=kwargs.pop("target_modules", PROJECTIONS), **kwargs)
+    return randomize_adapters(model)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def snapshot(model: nn.Module) -> list:
+    """All that must not change: modules, values to the bit, and who trains."""
+    modules = [(n, id(m)) for n, m in model.named_modules(remove_duplicate=False)]
+    tensors = [(n, p.detach().numpy().tobytes()) for n, p in model.named_parameters()]
+    return [modules, tensors, [p.requires_grad for p in model.parameters()]]
+
+
+def saved(module: nn.Module) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return file
+
+
+def authors_update(layer: RaSALinear, x: Tensor) -> Tensor:
+    """The authors' formula: two concatenations, two matmuls, and the mixing between them."""
+    A, Bt = layer.A, layer.Bt
+    if layer.pool is not None:
+        A = torch.cat([layer.pool.A_shared, A])
+        Bt = torch.cat([layer.pool.Bt_shared, Bt])
+    return ((x @ A.T) * layer.d) @ Bt
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    """Relative Frobenius error; NaN if there is a NaN."""
+    tiny = torch.finfo(torch.float64).tiny
+    return ((out.double() - exact).norm() / exact.norm().clamp_min(tiny)).item()
+
+
+def assert_as_accurate(fn, formula, module: nn.Module, x: Tensor) -> None:
+    """fn(x) may be twice as wrong as formula(module, x) in plain torch, plus one rounding."""
+    exact = formula(copy.deepcopy(module).double(), x.double())
+    out, plain = fn(x), formula(module, x)
+    assert out.shape == exact.shape and out.dtype == plain.dtype
+    allowed = 2 * relative_error(plain, exact) + torch.finfo(out.dtype).eps
+    assert relative_error(out, exact) <= allowed
