@@ -68,7 +68,8 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.randn(nf))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
+        y = torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight)
+        return y.reshape(x.shape[:-1] + (self.nf,))
 
 
 class Int8Linear(nn.Module):

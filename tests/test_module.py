@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from rasa_ext.module import RaSALinear, SharedPool
+from rasa_ext.ops import dropout_mask
 
 
 class Pair(nn.Module):
@@ -69,9 +70,13 @@ def test_x_may_have_one_to_four_dimensions(shape: tuple[int, ...], base: type) -
 
 def test_strided_x_gives_what_its_copy_gives() -> None:
     layer = make_layer()
-    x = torch.randn(4, 6, 2 * K)[:, ::2, :K]
 
-    assert torch.equal(layer(x), layer(x.contiguous()))
+    for x in (
+        torch.randn(4, 6, 2 * K)[:, ::2, :K],
+        torch.randn(K, 5).T,
+        torch.randn(K).expand(3, K),
+    ):
+        assert torch.equal(layer(x), layer(x.contiguous()))
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -211,6 +216,20 @@ def test_dropout_draws_one_seed_per_call_from_torch() -> None:
     assert torch.equal(layer(x), second)
 
 
+def test_dropout_is_that_of_the_op_on_x_before_A() -> None:
+    layer, p = make_layer(dropout=0.3), 0.3
+    x = torch.randn(40, K)
+    torch.manual_seed(7)
+    mask = dropout_mask(torch.randint(2**63 - 1, ()), 40, K, p)
+    kept = 1 - round(p * 2**15) / 2**15
+    torch.manual_seed(7)
+
+    def formula(layer: RaSALinear, x: Tensor) -> Tensor:
+        return layer.base_layer(x) + authors_update(layer, x * mask / kept)
+
+    assert_as_accurate(layer, formula, layer, x)
+
+
 def test_checkpointing_draws_the_same_mask_again() -> None:
     model = randomize_adapters(Pair(dropout=0.5))
     x = torch.randn(6, K, requires_grad=True)
@@ -223,15 +242,41 @@ def test_checkpointing_draws_the_same_mask_again() -> None:
     assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
 
 
-@pytest.mark.parametrize("k", [0, 1, 4])
-def test_compiles_without_a_graph_break(k: int) -> None:
-    layer = make_layer(k=k)
-    x = torch.randn(2, 5, K, requires_grad=True)
+@pytest.mark.parametrize(("k", "dropout"), [(0, 0.0), (1, 0.0), (4, 0.0), (1, 0.3)])
+def test_compiles_to_one_graph_for_any_number_of_tokens(k: int, dropout: float) -> None:
+    layer = make_layer(k=k, dropout=dropout)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
 
-    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    for M in (5, 3, 8):
+        x = torch.randn(2, M, K, requires_grad=True)
+        outputs = []
+        for forward in (compiled, layer):
+            torch.manual_seed(M)
+            outputs.append(forward(x))
+        assert torch.equal(*outputs)
+        assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in outputs))
 
-    assert torch.equal(y, layer(x))
-    assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, layer(x))))
+
+@pytest.mark.parametrize("base", ["linear", "conv1d"])
+def test_autocast_gives_the_dtype_of_the_base(base: str) -> None:
+    layer = make_layer(base=nn.Linear(K, N) if base == "linear" else Conv1D(N, K))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(torch.randn(5, K))
+        assert y.dtype == layer.base_layer(torch.randn(5, K)).dtype
+    y.sum().backward()
+
+    assert layer.Bt.grad.dtype == torch.float32
+
+
+def test_half_precision_x_takes_float32_adapters() -> None:
+    layer = make_layer(base=nn.Linear(K, N).bfloat16())
+
+    def formula(layer: RaSALinear, x: Tensor) -> Tensor:
+        half = layer.base_layer(x)
+        return half + authors_update(layer, x.to(layer.A.dtype)).to(half.dtype)
+
+    assert_as_accurate(layer, formula, layer, torch.randn(7, K).bfloat16())
 
 
 @pytest.mark.parametrize("base", ["linear", "conv1d"])
