@@ -102,6 +102,8 @@ def fusible(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         or (bias is not None and bias.requires_grad)
         or base._forward_hooks
         or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
         or "forward" in base.__dict__  # replaced on the instance, as accelerate's offloading does
     )
     return None if must_be_called else (weight, bias)

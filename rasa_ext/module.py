@@ -26,7 +26,7 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     """Return module.name; past nn.Module's attribute lookup, which costs as much as a small op."""
     tensor = module._parameters.get(name)
     # Elsewhere: a constant d (a buffer), and what FSDP1 or a parametrisation put in its place.
-    return tensor if tensor is not None else getattr(module, name)  # type: ignore[no-any-return]
+    return getattr(module, name) if tensor is None else tensor
 
 
 def _init_rank_weights(A: Tensor, Bt: Tensor) -> None:
@@ -143,7 +143,11 @@ class RaSALinear(nn.Module):
             )
         K, N = sizes
         self._check_pool(pool, K, N, k)
-        if dtype is None and pool is not None:
+        if pool is not None:
+            if dtype not in (None, pool.A_shared.dtype):
+                raise ValueError(
+                    f"RaSALinear: dtype must be the pool's {pool.A_shared.dtype}, got {dtype}"
+                )
             dtype = pool.A_shared.dtype
         dtype = adapter_dtype("RaSALinear", base_layer, dtype)
         options: dict[str, Any] = {"dtype": dtype, "device": device_of(base_layer)}

@@ -99,8 +99,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _flush_names(folder: Path) -> None:
-    """Return when the folder's list of names is on disk, where the system can do that."""
-    if os.name == "posix":
+    """Return when the folder's list of names is on disk, where the file system can do that."""
+    # Where it cannot (some network mounts), the rename has happened all the same: no failed save.
+    with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -117,7 +118,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Summary:
 
     Raises FileNotFoundError or IsADirectoryError if there is no file, RuntimeError if a layer is
     merged, and ValueError, naming the tensor with its expected and actual shape, if the file is
-    damaged, is none of ours, or does not fit the model.
+    damaged, is none of ours, or does not fit the model. A plain model may also be refused by
+    apply(), whose errors these are then.
     """
     root = unwrapped(model)
     config, tensors = _read(path)

@@ -146,6 +146,10 @@ def authors_update(layer: RaSALinear, x: Tensor) -> Tensor:
     return ((x @ A.T) * layer.d) @ Bt
 
 
+def authors_layer(layer: RaSALinear, x: Tensor) -> Tensor:
+    return layer.base_layer(x) + authors_update(layer, x)
+
+
 def relative_error(out: Tensor, exact: Tensor) -> float:
     """Relative Frobenius error; NaN if there is a NaN."""
     tiny = torch.finfo(torch.float64).tiny

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from models import (
     Conv1D,
     Int8Linear,
@@ -14,14 +16,12 @@ from models import (
     L,
     N,
     assert_as_accurate,
+    authors_layer,
     authors_update,
     make_layer,
     randomize_adapters,
     saved,
 )
-from torch import Tensor, nn
-from torch.nn.utils import prune
-
 from rasa_ext.module import RaSALinear, SharedPool
 from rasa_ext.ops import dropout_mask
 
@@ -39,10 +39,6 @@ class Pair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers[0](x) + self.layers[1](x)
-
-
-def authors_layer(layer: RaSALinear, x: Tensor) -> Tensor:
-    return layer.base_layer(x) + authors_update(layer, x)
 
 
 @pytest.mark.parametrize(("r", "k"), [(4, 1), (4, 0), (4, 4), (1, 1), (8, 2)])
@@ -151,45 +147,6 @@ def test_adapters_are_at_least_float32(base_dtype: torch.dtype, expected: torch.
 
     assert {layer.A.dtype, layer.Bt.dtype, layer.d.dtype} == {expected}
     assert layer(torch.ones(2, K, dtype=base_dtype)).dtype == base_dtype
-
-
-def test_base_layer_is_frozen_and_keeps_its_mode() -> None:
-    base = nn.Linear(K, N).eval()
-    layer = RaSALinear(base, None, r=4, k=0, alpha=16)
-
-    layer(torch.randn(2, K)).sum().backward()
-
-    assert base.weight.grad is None and base.bias.grad is None
-    assert layer.A.grad is not None and layer.Bt.grad is not None
-    assert not layer.training
-
-
-def test_a_base_that_trains_gets_its_gradient() -> None:
-    layer = make_layer()
-    layer.base_layer.requires_grad_(True)
-
-    layer(torch.ones(5, K)).sum().backward()
-
-    assert torch.equal(layer.base_layer.weight.grad, torch.full((N, K), 5.0))
-    assert torch.equal(layer.base_layer.bias.grad, torch.full((N,), 5.0))
-
-
-def test_hooks_of_the_base_run_and_may_change_its_output() -> None:
-    layer = make_layer()
-    handle = layer.base_layer.register_forward_hook(lambda module, args, y: y.sign())
-    assert_as_accurate(layer, authors_layer, layer, torch.randn(5, K))
-    handle.remove()
-    layer.base_layer.forward = lambda x: x[..., :N].sign()
-    assert_as_accurate(layer, authors_layer, layer, torch.randn(5, K))
-    layer.base_layer.register_forward_pre_hook(lambda module, args: (args[0].abs(),))
-    assert_as_accurate(layer, authors_layer, layer, torch.randn(5, K))
-
-
-def test_pruning_of_the_base_is_honoured() -> None:
-    layer = make_layer()
-    prune.random_unstructured(layer.base_layer, "weight", 0.5)
-
-    assert_as_accurate(layer, authors_layer, layer, torch.randn(5, K))
 
 
 def test_dropout_is_off_in_eval_and_at_zero() -> None:

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from models import K, L, N, make_layer
 from torch import nn
 
+from models import K, L, N, make_layer
 from rasa_ext.module import RaSALinear, SharedPool
 
 
@@ -112,6 +112,16 @@ def test_a_dtype_that_does_not_fit_is_refused(base_dtype, dtype, message: str) -
     with pytest.raises(ValueError) as error:
         RaSALinear(nn.Linear(K, N, dtype=base_dtype), None, r=4, k=0, alpha=16, dtype=dtype)
     assert str(error.value) == f"RaSALinear: {message}"
+
+
+def test_a_dtype_other_than_the_pools_is_refused() -> None:
+    with pytest.raises(ValueError) as error:
+        RaSALinear(
+            nn.Linear(K, N).bfloat16(), SharedPool(K, N, 1, L), 4, 1, 16, dtype=torch.bfloat16
+        )
+    assert str(error.value) == (
+        "RaSALinear: dtype must be the pool's torch.float32, got torch.bfloat16"
+    )
 
 
 @pytest.mark.parametrize("name", ["in_features", "out_features", "k", "num_layers"])
