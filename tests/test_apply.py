@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from models import PROJECTIONS, Conv1D, Int8Linear, TinyModel, randomize_adapters, trainable
 from torch import Tensor, nn
 
-from models import PROJECTIONS, Conv1D, Int8Linear, TinyModel, randomize_adapters, trainable
 from rasa_ext.injection import TARGET_MODULES, apply
 from rasa_ext.module import RaSALinear
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from models import TinyModel
 from torch import nn
 
-from models import TinyModel
 from rasa_ext.injection import apply
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from models import K, N, assert_as_accurate, authors_layer, make_layer
 from torch import nn
 from torch.nn.utils import prune
 
-from models import K, N, assert_as_accurate, authors_layer, make_layer
 from rasa_ext.module import RaSALinear
 
 

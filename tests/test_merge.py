@@ -7,8 +7,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from models import (
     LAYER,
     Conv1D,
@@ -23,6 +21,8 @@ from models import (
     snapshot,
     trained,
 )
+from torch import Tensor, nn
+
 from rasa_ext.injection import apply
 from rasa_ext.module import RaSALinear
 from rasa_ext.weights import merge, unmerge

@@ -7,8 +7,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from models import (
     Conv1D,
     Int8Linear,
@@ -22,6 +20,8 @@ from models import (
     randomize_adapters,
     saved,
 )
+from torch import Tensor, nn
+
 from rasa_ext.module import RaSALinear, SharedPool
 from rasa_ext.ops import dropout_mask
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from models import K, L, N, make_layer
 from torch import nn
 
-from models import K, L, N, make_layer
 from rasa_ext.module import RaSALinear, SharedPool
 
 

@@ -10,11 +10,11 @@ import stat
 
 import pytest
 import torch
+from models import LAYER, PROJECTIONS, plain, randomize_adapters, trainable, trained
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from models import LAYER, PROJECTIONS, plain, randomize_adapters, trainable, trained
 from rasa_ext.injection import apply
 from rasa_ext.module import RaSALinear, SharedPool
 from rasa_ext.weights import adapter_state_dict, load_adapter, save_adapter

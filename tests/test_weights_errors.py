@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
+from models import LAYER, POOL, plain, randomize_adapters, snapshot, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models import LAYER, POOL, plain, randomize_adapters, snapshot, trained
 from rasa_ext.weights import load_adapter, merge, save_adapter
 
 
