@@ -1,0 +1,344 @@
+"""The RaSA layer and the pool of ranks that layers of one shape share (He et al. 2025, RaSA)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.base_layer import (
+    adapter_dtype,
+    base_weight,
+    check_config,
+    device_of,
+    features,
+    fusible,
+    is_transposed,
+)
+from rasa_ext.ops import rasa_add, rasa_linear
+
+_MAX_SEED = 2**63 - 1
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """Return module.name; past nn.Module's attribute lookup, which costs as much as a small op."""
+    tensor = module._parameters.get(name)
+    # Elsewhere: a constant d (a buffer), and what FSDP1 or a parametrisation put in its place.
+    return getattr(module, name) if tensor is None else tensor
+
+
+def _init_rank_weights(A: Tensor, Bt: Tensor) -> None:
+    """Initialise A Kaiming-uniform(a=sqrt 5) and Bt zero, as the authors (and LoRA) do."""
+    if A.numel() > 0:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    nn.init.zeros_(Bt)
+
+
+class SharedPool(nn.Module):
+    """The ranks that num_layers layers of one shape share: k from each (RaSA, section 3).
+
+    Parameters: A_shared (k*num_layers, in_features), Kaiming-uniform; Bt_shared
+    (k*num_layers, out_features), zero. Register it once, on the root of the model, so that it is
+    saved, moved and optimised once; the layers refer to it without owning it.
+
+    Raises ValueError for sizes below 1.
+    """
+
+    A_shared: Tensor
+    Bt_shared: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        k: int,
+        num_layers: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate and initialise k*num_layers ranks."""
+        super().__init__()
+        for name, size in (
+            ("in_features", in_features),
+            ("out_features", out_features),
+            ("k", k),
+            ("num_layers", num_layers),
+        ):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"SharedPool: {name} must be an integer of at least 1, got {size}")
+        self.in_features, self.out_features = in_features, out_features
+        self.k, self.num_layers = k, num_layers
+        Rs = k * num_layers
+        self.A_shared = nn.Parameter(torch.empty(Rs, in_features, dtype=dtype, device=device))
+        self.Bt_shared = nn.Parameter(torch.empty(Rs, out_features, dtype=dtype, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw A_shared anew and set Bt_shared to zero."""
+        _init_rank_weights(self.A_shared, self.Bt_shared)
+
+    def extra_repr(self) -> str:
+        """Return the constructor's arguments."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"k={self.k}, num_layers={self.num_layers}"
+        )
+
+
+class RaSALinear(nn.Module):
+    """A frozen linear layer with r - k ranks of its own and every rank of a shared pool.
+
+    Semantics (RaSA, equation 4; weights are stored (rank, features)):
+        A_all = torch.cat([pool.A_shared, A])
+        Bt_all = torch.cat([pool.Bt_shared, Bt])
+        return base_layer(x) + ((dropout(x) @ A_all.T) * d) @ Bt_all
+
+    Shapes: x (..., K) -> (..., N), 1-D to 4-D; A (Rp, K), Bt (Rp, N), d (Rs + Rp) with the shared
+    ranks first, where Rp = r - k and Rs = k * pool.num_layers. k = 0 is plain LoRA: pool is None
+    and d = alpha / r is a constant. k = r has no ranks of its own.
+    Saved for backward: x and the (M, R) product with A_all; the dropout mask is drawn again.
+
+    `base_layer` is any linear-like module and is frozen. An nn.Linear is computed by one fused op
+    unless it trains or carries hooks; any other base is called, and the update added to its
+    output. `pool` is a plain reference, not a sub-module: whoever owns the model registers it.
+    `merged` says whether the update is inside the base weight; the original weight is kept then,
+    so a merged layer takes one more copy of its weight, and unmerge() is exact to the bit.
+
+    Raises ValueError for a configuration or pool that does not fit, TypeError for a base that is
+    not linear-like.
+    """
+
+    A: Tensor
+    Bt: Tensor
+    d: Tensor
+    pool: SharedPool | None
+    _no_A_shared: Tensor
+    _no_Bt_shared: Tensor
+    base_layer: nn.Module
+    original_weight: Tensor | None
+    merged: bool
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        pool: SharedPool | None,
+        r: int,
+        k: int,
+        alpha: float,
+        dropout: float = 0.0,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Wrap base_layer; the adapter takes the pool's dtype and base_layer's device."""
+        super().__init__()
+        check_config("RaSALinear", r, k, alpha, dropout)
+        sizes = features(base_layer)
+        if sizes is None or isinstance(base_layer, RaSALinear):
+            raise TypeError(
+                "RaSALinear: base_layer must be a module with in_features and out_features (or the "
+                f"nx and nf of Conv1D) and no adapter yet, got {type(base_layer).__name__}"
+            )
+        K, N = sizes
+        self._check_pool(pool, K, N, k)
+        if pool is not None:
+            if dtype not in (None, pool.A_shared.dtype):
+                raise ValueError(
+                    f"RaSALinear: dtype must be the pool's {pool.A_shared.dtype}, got {dtype}"
+                )
+            dtype = pool.A_shared.dtype
+        dtype = adapter_dtype("RaSALinear", base_layer, dtype)
+        options: dict[str, Any] = {"dtype": dtype, "device": device_of(base_layer)}
+        self.in_features, self.out_features = K, N
+        self.r, self.k, self.alpha, self.dropout = r, k, float(alpha), float(dropout)
+        self.merged = False
+        # Not registered: L aliases of the pool in state_dict() would be L copies on disk, and
+        # FSDP could not shard it. A module, not its tensors, so that load_state_dict(assign=True)
+        # and .to() on the owner are seen here.
+        object.__setattr__(self, "pool", pool)
+        self.base_layer = base_layer.requires_grad_(False)
+        # Exactly nn.Linear: subclasses may store another weight or compute something else.
+        self._is_plain_linear = type(base_layer) is nn.Linear
+
+        Rp, Rs = r - k, 0 if pool is None else pool.k * pool.num_layers
+        self.A = nn.Parameter(torch.empty(Rp, K, **options))
+        self.Bt = nn.Parameter(torch.empty(Rp, N, **options))
+        if pool is None:
+            # Constants of plain LoRA: not trained, so not in state_dict() either.
+            self.register_buffer("d", torch.empty(r, **options), persistent=False)
+            self.register_buffer("_no_A_shared", torch.empty(0, K, **options), persistent=False)
+            self.register_buffer("_no_Bt_shared", torch.empty(0, N, **options), persistent=False)
+        else:
+            self.d = nn.Parameter(torch.empty(Rs + Rp, **options))
+        # A buffer, so that .to() moves it with the weight; set while merged only.
+        self.register_buffer("original_weight", None, persistent=False)
+        self.train(base_layer.training)
+        self.reset_parameters()
+
+    @staticmethod
+    def _check_pool(pool: SharedPool | None, K: int, N: int, k: int) -> None:
+        if (pool is None) != (k == 0):
+            got = "None" if pool is None else "a pool"
+            need = "None" if k == 0 else "a SharedPool"
+            raise ValueError(f"RaSALinear: pool must be {need} when k = {k}, got {got}")
+        if pool is not None and (pool.in_features, pool.out_features, pool.k) != (K, N, k):
+            raise ValueError(
+                f"RaSALinear: pool must have (in_features, out_features, k) = ({K}, {N}, {k}), got "
+                f"({pool.in_features}, {pool.out_features}, {pool.k})"
+            )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw A anew, set Bt to zero and d to the authors' values (k = 0: alpha / r).
+
+        Half of alpha goes to the shared ranks, half to the layer's own: 0.5*alpha/Rs, 0.5*alpha/Rp.
+        """
+        _init_rank_weights(self.A, self.Bt)
+        Rp = self.r - self.k
+        Rs = self.d.numel() - Rp
+        if self.k == 0:
+            self.d.fill_(self.alpha / self.r)
+            return
+        self.d[:Rs] = 0.5 * self.alpha / Rs
+        if Rp > 0:
+            self.d[Rs:] = 0.5 * self.alpha / Rp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return base_layer(x) plus the update; see the class for the formula.
+
+        Raises ValueError unless the last size of x is in_features, RuntimeError when called in
+        training mode while merged.
+        """
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
+            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"RaSALinear: x must be a tensor (..., in_features) = [..., {self.in_features}], "
+                f"got {got}"
+            )
+        base: Any = self._modules["base_layer"]
+        if self.merged:
+            if self.training:
+                raise RuntimeError(
+                    "RaSALinear: merged and in training mode, where its adapter would get no "
+                    "gradient. Call unmerge(), or eval() to run the merged layer"
+                )
+            return base(x)  # type: ignore[no-any-return]
+        p, seed = 0.0, None
+        if self.training and self.dropout > 0.0:
+            # From torch's generator, so that manual_seed and checkpointing repeat the mask.
+            p, seed = self.dropout, torch.randint(_MAX_SEED, (), device=x.device)
+        A, Bt, d = _tensor(self, "A"), _tensor(self, "Bt"), _tensor(self, "d")
+        pool = self.pool
+        if pool is None:
+            A_shared, Bt_shared = self._no_A_shared, self._no_Bt_shared
+        else:
+            A_shared, Bt_shared = _tensor(pool, "A_shared"), _tensor(pool, "Bt_shared")
+        x2d = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        fused = fusible(base) if self._is_plain_linear else None
+        if fused is not None:
+            y = rasa_linear(x2d, *fused, A, A_shared, Bt, Bt_shared, d, p, seed)
+        else:
+            y = base(x).reshape(-1, self.out_features)
+            y = rasa_add(x2d, y, A, A_shared, Bt, Bt_shared, d, p, seed)
+        return y if x.dim() == 2 else y.reshape(x.shape[:-1] + (self.out_features,))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight this layer applies, W + delta_weight(), in W's dtype and layout.
+
+        For code that reads a layer's weight instead of calling it (nn.MultiheadAttention, T5): it
+        must not miss the update. Built at each access; dropout does not apply to it. A quantised
+        base's weight is returned as it is stored.
+        """
+        weight = base_weight(self.base_layer)
+        if weight is None or self.merged:
+            return self.base_layer.weight  # type: ignore[return-value]
+        return self._with_delta(weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def delta_weight(self) -> Tensor:
+        """Return the update as one matrix, accumulated in float32 (float64 for float64 adapters).
+
+        Semantics:
+            return (Bt_all.float() * d.float()[:, None]).T @ A_all.float()
+
+        Shape: (N, K), whatever the base layer's own layout. Differentiable.
+        """
+        A, Bt, d = self.A, self.Bt, self.d
+        if self.pool is not None:
+            A, Bt = torch.cat([self.pool.A_shared, A]), torch.cat([self.pool.Bt_shared, Bt])
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        with torch.autocast(A.device.type, enabled=False):
+            return (Bt.to(dtype) * d.to(dtype)[:, None]).T @ A.to(dtype)
+
+    def _with_delta(self, weight: Tensor) -> Tensor:
+        """Return weight plus the update in weight's layout, rounded once to weight's dtype."""
+        delta = self.delta_weight()
+        return (weight + (delta.T if is_transposed(self.base_layer) else delta)).to(weight.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to the base weight; forward is then the base layer alone.
+
+        The sum is formed in float32 and rounded once. The original weight is kept, for unmerge().
+        Raises RuntimeError if merged already, TypeError if the base has no floating-point weight
+        to add to, ValueError if the sum would not be finite; the layer is then as it was.
+        """
+        if self.merged:
+            raise RuntimeError("RaSALinear.merge: already merged. Call unmerge() first")
+        weight = base_weight(self.base_layer)
+        if weight is None:
+            raise TypeError(
+                f"RaSALinear.merge: {type(self.base_layer).__name__} has no floating-point weight "
+                f"of shape (N, K) = [{self.out_features}, {self.in_features}] to add to"
+            )
+        merged = self._with_delta(weight)
+        if not merged.isfinite().all():
+            raise ValueError(
+                f"RaSALinear.merge: the merged weight would hold NaN or inf in {weight.dtype}. "
+                "Check the adapter's weights and d"
+            )
+        self.original_weight = weight.detach().clone()
+        weight.copy_(merged)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the base weight of before merge(), bit by bit.
+
+        Raises RuntimeError if not merged.
+        """
+        weight, original = base_weight(self.base_layer), self.original_weight
+        if not self.merged or weight is None or original is None:
+            raise RuntimeError("RaSALinear.unmerge: not merged")
+        weight.copy_(original)
+        self.original_weight = None
+        self.merged = False
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._refuse_if_merged("state_dict")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_if_merged("load_state_dict")
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _refuse_if_merged(self, op: str) -> None:
+        if self.merged:
+            raise RuntimeError(
+                f"RaSALinear.{op}: merged; base weight and adapter would count the update twice. "
+                "Call unmerge() first"
+            )
+
+    def extra_repr(self) -> str:
+        """Return the configuration."""
+        return (
+            f"r={self.r}, k={self.k}, alpha={self.alpha:g}, dropout={self.dropout:g}, "
+            f"R={self.d.numel()}, merged={self.merged}"
+        )
