@@ -7,6 +7,7 @@ tests: the shapes are few, chosen so that every dimension ends inside a tile.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -90,21 +91,13 @@ def with_gradients(function: Callable[..., Tensor]) -> Function:
     return forward_and_backward
 
 
-def rasa_formula(
-    x: Tensor,
-    base: Tensor,
-    A: Tensor,
-    A_shared: Tensor,
-    Bt: Tensor,
-    Bt_shared: Tensor,
-    d: Tensor,
-    kept: Tensor | None = None,
-) -> Tensor:
-    """Return the update of a base output as the paper writes it, in x's dtype."""
+def rasa_formula(x: Tensor, base: Tensor, adapter: Sequence[Tensor], kept: Tensor | None) -> Tensor:
+    """Return the base output with its update as the paper writes it, in x's dtype."""
+    A, A_shared, Bt, Bt_shared, d = (t.to(x.dtype) for t in adapter)
     if kept is not None:
         x = x * kept / (1 - DROPOUT)
-    s = x @ torch.cat([A_shared, A]).to(x.dtype).T
-    return base + (s * d.to(x.dtype)) @ torch.cat([Bt_shared, Bt]).to(x.dtype)
+    s = x @ torch.cat([A_shared, A]).T
+    return base + (s * d) @ torch.cat([Bt_shared, Bt])
 
 
 def check_rasa(dtype: torch.dtype, adapter: torch.dtype, p: float, device: str) -> Iterator[Check]:
@@ -112,34 +105,35 @@ def check_rasa(dtype: torch.dtype, adapter: torch.dtype, p: float, device: str) 
     draw = torch.Generator().manual_seed(0)
 
     def normal(dtype: torch.dtype, *shape: int, fan_in: int = 1) -> Tensor:
-        return (torch.randn(*shape, generator=draw) * fan_in**-0.5).to(dtype)
+        return (torch.randn(*shape, generator=draw) / math.sqrt(fan_in)).to(dtype)
 
     x, dy, base = normal(dtype, M, K), normal(dtype, M, N), normal(dtype, M, N)
     weight, bias = normal(dtype, N, K, fan_in=K), normal(dtype, N)
-    weights = [
+    weights = (
         normal(adapter, RP, K, fan_in=K),
         normal(adapter, RS, K, fan_in=K),
         normal(adapter, RP, N, fan_in=RP),
         normal(adapter, RS, N, fan_in=RS),
         normal(adapter, RP + RS),
-    ]
-    seed = torch.tensor(2024) if p > 0 else None
-    kept = None if seed is None else ops.dropout_mask(seed, M, K, p)
-    device_seed = None if seed is None else seed.to(device)
+    )
+    seed = torch.tensor(2024, device=device) if p > 0 else None
+    kept = None if seed is None else ops.dropout_mask(seed.cpu(), M, K, p)
 
-    def linear(x: Tensor, *adapters: Tensor) -> Tensor:
-        base_weight, base_bias = weight.to(x.device), bias.to(x.device)
-        return ops.rasa_linear(x, base_weight, base_bias, *adapters, p=p, seed=device_seed)
+    def linear(*inputs: Tensor) -> Tensor:
+        x, A, A_shared, Bt, Bt_shared, d = inputs
+        base = weight.to(x.device), bias.to(x.device)
+        return ops.rasa_linear(x, *base, A, A_shared, Bt, Bt_shared, d, p, seed)
 
-    def linear_formula(x: Tensor, *adapters: Tensor) -> Tensor:
+    def linear_formula(x: Tensor, *adapter: Tensor) -> Tensor:
         base = torch.nn.functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
-        return rasa_formula(x, base, *adapters, kept=kept)
+        return rasa_formula(x, base, adapter, kept)
 
-    def add(x: Tensor, base: Tensor, *adapters: Tensor) -> Tensor:
-        return ops.rasa_add(x, base, *adapters, p=p, seed=device_seed)
+    def add(*inputs: Tensor) -> Tensor:
+        x, base, A, A_shared, Bt, Bt_shared, d = inputs
+        return ops.rasa_add(x, base, A, A_shared, Bt, Bt_shared, d, p, seed)
 
-    def add_formula(x: Tensor, base: Tensor, *adapters: Tensor) -> Tensor:
-        return rasa_formula(x, base, *adapters, kept=kept)
+    def add_formula(x: Tensor, base: Tensor, *adapter: Tensor) -> Tensor:
+        return rasa_formula(x, base, adapter, kept)
 
     case = f"{dtype}, adapters {adapter}, dropout {p}".replace("torch.", "")
     for name, op, formula, inputs in (
@@ -163,19 +157,11 @@ def check_grouped_gemm(dtype: torch.dtype, layout: str, device: str) -> Iterator
     def op_B(t: Tensor) -> Tensor:
         return t.T if layout == "NT" else t
 
-    def formula(
-        A0: Tensor,
-        A1: Tensor,
-        A2: Tensor,
-        B0: Tensor,
-        B1: Tensor,
-        B2: Tensor,
-        C_in: Tensor,
-        scale_m: Tensor,
-        scale_k: Tensor,
-    ) -> Sequence[Tensor]:
-        scaled = scale_m[:, None] * (op_A(A0) @ op_B(B0)) + (op_A(A1) * scale_k) @ op_B(B1)
-        return C_in + scaled, op_A(A2) @ op_B(B2)
+    def formula(*inputs: Tensor) -> Sequence[Tensor]:
+        A, B, (C_in, scale_m, scale_k) = inputs[:3], inputs[3:6], inputs[6:]
+        products = [op_A(a) @ op_B(b) for a, b in zip(A[::2], B[::2], strict=True)]
+        scaled = op_A(A[1]) @ (scale_k[:, None] * op_B(B[1]))
+        return C_in + scale_m[:, None] * products[0] + scaled, products[1]
 
     def op(*inputs: Tensor) -> Sequence[Tensor]:
         A, B, (C_in, scale_m, scale_k) = inputs[:3], inputs[3:6], inputs[6:]
