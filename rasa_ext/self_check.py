@@ -7,6 +7,7 @@ tests: the shapes are few, chosen so that every dimension ends inside a tile.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ def rasa_formula(x: Tensor, base: Tensor, adapter: Sequence[Tensor], kept: Tenso
     if kept is not None:
         x = x * kept / (1 - DROPOUT)
     s = x @ torch.cat([A_shared, A]).T
-    return base.add(torch.mm(s * d, torch.cat([Bt_shared, Bt])))
+    return base + (s * d) @ torch.cat([Bt_shared, Bt])
 
 
 def check_rasa(dtype: torch.dtype, adapter: torch.dtype, p: float, device: str) -> Iterator[Check]:
@@ -104,7 +105,7 @@ def check_rasa(dtype: torch.dtype, adapter: torch.dtype, p: float, device: str) 
     draw = torch.Generator().manual_seed(0)
 
     def normal(dtype: torch.dtype, *shape: int, fan_in: int = 1) -> Tensor:
-        return (torch.randn(*shape, generator=draw) * fan_in**-0.5).to(dtype)
+        return (torch.randn(*shape, generator=draw) / math.sqrt(fan_in)).to(dtype)
 
     x, dy, base = normal(dtype, M, K), normal(dtype, M, N), normal(dtype, M, N)
     weight, bias = normal(dtype, N, K, fan_in=K), normal(dtype, N)

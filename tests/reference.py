@@ -1,0 +1,119 @@
+"""The oracle, and the only place a tolerance exists.
+
+A result is right when its error against float64 is at most twice that of plain PyTorch, which
+computes the authors' formula in the tested dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rasa_ext import dropout_mask
+
+DRAWS = 2**15
+
+
+def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """x after the dropout that the ops draw for this seed."""
+    threshold = round(p * DRAWS)
+    if threshold == 0:
+        return x
+    assert seed is not None
+    mask = dropout_mask(seed, x.shape[0], x.shape[1], p).to(x.dtype)
+    return x * mask * (DRAWS / (DRAWS - threshold))
+
+
+def authors_update(
+    x: Tensor,
+    A: Tensor,
+    A_shared: Tensor,
+    Bt: Tensor,
+    Bt_shared: Tensor,
+    d: Tensor,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The authors' formula: cat, cat, two matmuls, mixing; parameters cast to x's dtype."""
+    A_all = torch.cat([A_shared, A]).to(x.dtype)
+    Bt_all = torch.cat([Bt_shared, Bt]).to(x.dtype)
+    return ((dropped(x, p, seed) @ A_all.T) * d.to(x.dtype)) @ Bt_all
+
+
+def authors_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Tensor, p: float, seed: Tensor
+) -> Tensor:
+    return F.linear(x, weight, bias) + authors_update(x, *adapter, p=p, seed=seed)
+
+
+def authors_add(x: Tensor, base: Tensor, *adapter: Tensor, p: float, seed: Tensor) -> Tensor:
+    return base + authors_update(x, *adapter, p=p, seed=seed)
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    """Relative Frobenius error against float64. NaN in, NaN out."""
+    if exact.numel() == 0:
+        return 0.0
+    tiny = torch.finfo(torch.float64).tiny
+    return ((out.double() - exact).norm() / exact.norm().clamp_min(tiny)).item()
+
+
+def allowance(plain: Tensor, exact: Tensor, dtype: torch.dtype, length: int) -> float:
+    """Twice plain PyTorch's error plus one rounding of the output.
+
+    Nothing more exact than float64 is at hand to judge float64 by: there, the error that sums of
+    `length` products may differ by (a random walk of roundings).
+    """
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float64:
+        return eps * (4 + 4 * math.sqrt(length))
+    return 2 * error(plain, exact) + eps
+
+
+def assert_accurate(
+    out: Tensor, plain: Tensor, exact: Tensor, what: str = "", length: int = 4096
+) -> None:
+    """`out` may be at most twice as wrong as `plain`, over all and in every row; NaN fails."""
+    assert out.shape == exact.shape, f"{what}: shape {tuple(out.shape)} for {tuple(exact.shape)}"
+    allowed = allowance(plain, exact, out.dtype, length)
+    assert error(out, exact) <= allowed, f"{what}: {error(out, exact):.3g} > {allowed:.3g}"
+    if exact.dim() != 2 or exact.numel() == 0:
+        return
+    # By row, against the norm of a typical row, so that one wrong row cannot hide in a large matrix.
+    scale = exact.norm() / math.sqrt(exact.shape[0]) + torch.finfo(torch.float64).tiny
+    worst = ((out.double() - exact).norm(dim=1).max() / scale).item()
+    worst_plain = ((plain.double() - exact).norm(dim=1).max() / scale).item()
+    allowed_row = max(2 * worst_plain + 2 * torch.finfo(out.dtype).eps, 2 * allowed)
+    assert worst <= allowed_row, f"{what}, worst row: {worst:.3g} > {allowed_row:.3g}"
+
+
+def compare_with_float64(
+    ours: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    names: Sequence[str],
+    length: int = 4096,
+) -> None:
+    """Check the forward and every gradient of `ours` against `formula` in float64."""
+    runs = []
+    cotangent: Tensor | None = None
+    for fn, dtype in ((formula, torch.float64), (formula, None), (ours, None)):
+        leaves = [
+            None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(t.is_floating_point())
+            for t in inputs
+        ]
+        y = fn(*leaves)
+        if cotangent is None:
+            cotangent = torch.randn_like(y, dtype=torch.float64).to(inputs[0].dtype)
+        wrt = [t for t in leaves if t is not None]
+        grads = torch.autograd.grad(y, wrt, cotangent.to(y.dtype), allow_unused=True)
+        # An update of rank 0 does not use its weights.
+        grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wrt, grads, strict=True)]
+        runs.append([y.detach(), *grads])
+    labels = ["y"] + [n for n, t in zip(names, inputs, strict=True) if t is not None]
+    for label, exact, plain, out in zip(labels, *runs, strict=True):
+        assert_accurate(out, plain, exact, f"d{label}" if label != "y" else label, length)
