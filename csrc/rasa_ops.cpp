@@ -357,9 +357,18 @@ Tensor dropout_mask_body(const Tensor& seed, int64_t M, int64_t K, double p) {
   const Tensor mask = at::ones({M, K}, seed.options().dtype(at::kBool));
   if (dropout.threshold == 0) return mask;
   bool* kept = mask.mutable_data_ptr<bool>();
-  for (int64_t m = 0; m < M; ++m) {
-    for (int64_t k = 0; k < K; ++k) {
-      kept[m * K + k] = dropout_draw(static_cast<uint64_t>(*dropout.seed), m, k) >= dropout.threshold;
+  // One Philox call serves 8 elements of a 16 × 16 block: see philox.h for which.
+  const uint64_t key = static_cast<uint64_t>(*dropout.seed);
+  for (int64_t block = 0; block < ceil_div(M, 16) * ceil_div(K, 16) * 32; ++block) {
+    const uint32_t lane = block % 32, c16 = block / 32 % ceil_div(K, 16);
+    const uint32_t m16 = block / 32 / ceil_div(K, 16);
+    const Philox4 draws = philox4x32({{lane, m16, c16, 0}}, static_cast<uint32_t>(key),
+                                     static_cast<uint32_t>(key >> 32));
+    for (uint32_t i = 0; i < 8; ++i) {
+      const int64_t m = int64_t{16} * m16 + lane / 4 + 8 * (i / 2 % 2);
+      const int64_t k = int64_t{16} * c16 + 2 * (lane % 4) + 8 * (i / 4) + i % 2;
+      const uint32_t draw = (draws.word[i / 2] >> (16 * (i % 2))) & (kDrawRange - 1);
+      if (m < M && k < K) kept[m * K + k] = draw >= dropout.threshold;
     }
   }
   return mask;

@@ -106,6 +106,8 @@ def grouped_gemm(
         RuntimeError: shapes, dtypes, devices or list lengths do not fit, or a tensor requires a gradient while
             gradients are recorded.
     """
+    if not A and not B:
+        return []  # nothing says which device's kernel to call
     counts = [1] * len(A) if segments is None else list(segments)
     return _ops.grouped_gemm(
         layout, list(A), list(B), counts, list(C_in), list(scale_m), list(scale_k), out_dtype

@@ -83,7 +83,7 @@ def test_each_problem_is_its_own_sum(layout, dtypes, strided, with_C_in, with_sc
     plain = formula(layout, *arguments)
     for C, plain_C, exact_C, problem in zip(results, plain, exact, PROBLEMS, strict=True):
         assert C.dtype == other
-        assert_accurate(C, plain_C, exact_C, str(problem))
+        assert_accurate(C, plain_C, exact_C, str(problem), dtype=dtype)
 
 
 def test_segments_may_come_in_any_order():

@@ -250,8 +250,8 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
     const bool add = in_place && p.C_in.num_blocks > 0;
     if (add && row(p.C_in, m0) != row(p.C, m0)) {
       for (int64_t r = 0; r < rows; ++r) {
-        c_ops.convert_row(row(p.C_in, m0 + r) + n0 * c_size, 1.0, {},
-                          row(p.C, m0 + r) + n0 * c_size, cols);
+        std::memcpy(row(p.C, m0 + r) + n0 * c_size, row(p.C_in, m0 + r) + n0 * c_size,
+                    cols * c_size);
       }
     }
     const auto multiply = [&](int32_t i, const Segment& s, char* out, bool add_out) {

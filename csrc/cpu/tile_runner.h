@@ -10,14 +10,15 @@
 
 namespace rasa::cpu {
 
-// Tile sizes. A row tile's x (64 × 512), s and accumulators stay in the L2 cache; 96 columns × R ranks of a wgrad
-// tile keep the accumulators of one micro-kernel call in registers.
+// Tile sizes. A row tile's x (64 × 128), s and accumulators stay in the L2 cache; 96 columns × R ranks of a wgrad
+// tile keep the accumulators of one micro-kernel call in registers. The depths are also the longest chains of fp32
+// additions: a sum over K is a sum of such chains, which rounds less than one chain would.
 constexpr int64_t kTileRows = 64;
-constexpr int64_t kTileDepth = 512;
+constexpr int64_t kTileDepth = 128;
 constexpr int64_t kTileColumns = 512;
 constexpr int64_t kWgradRows = 256;
 constexpr int64_t kWgradColumns = 96;
-constexpr int64_t kWgradDepth = 256;
+constexpr int64_t kWgradDepth = 128;
 
 // The small operand of one segment, packed: B (K,N) in NT and NN, op(A) (M,K) in TN.
 struct Packed {
