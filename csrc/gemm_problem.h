@@ -16,8 +16,8 @@
 // Dropout acts on the (tokens, features) matrix of the problem: op(A) in NT, the product in NN, op(B) in TN. So one
 // mask serves the forward shrink and, in backward, wgrad and dx; philox.h says which bit belongs to which element.
 //
-// Rounding: operands are rounded to Program::dtype (once, after scale_k and dropout); products are summed in fp32
-// (fp64 for F64), C_in is added to that sum, and C is rounded once.
+// Rounding: operands are rounded to Program::dtype (once, after scale_k); products are summed in fp32 (fp64 for F64);
+// the factor of kept elements is applied to that sum, C_in is added to it, and C is rounded once.
 //
 // A program is a list of groups that run in order. A row of an NT or NN result may depend on the same row, and on no
 // other, of an earlier NT or NN result, so a backend may run all of them row tile by row tile. A TN group may read

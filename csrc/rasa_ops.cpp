@@ -16,8 +16,6 @@ struct Sizes {
 };
 
 Sizes check_adapter(const char* op, const Tensor& x, int64_t N, const Adapter& adapter) {
-  TORCH_CHECK(is_supported(x.scalar_type()), op,
-              ": x must be float32, float64, bfloat16 or float16, got ", at::toString(x.scalar_type()));
   check_dim(op, adapter.A, "A", "(Rp, K)", 2);
   check_dim(op, adapter.A_shared, "A_shared", "(Rs, K)", 2);
   const Sizes z = {x.size(0), x.size(1), N, adapter.A.size(0), adapter.A_shared.size(0)};
@@ -47,6 +45,13 @@ Sizes check_adapter(const char* op, const Tensor& x, int64_t N, const Adapter& a
   check_row_major(op, adapter.Bt_shared, "Bt_shared");
   check_row_major(op, adapter.d, "d");
   return z;
+}
+
+void check_x(const char* op, const Tensor& x) {
+  check_dim(op, x, "x", "(M, K)", 2);
+  TORCH_CHECK(is_supported(x.scalar_type()), op,
+              ": x must be float32, float64, bfloat16 or float16, got ",
+              at::toString(x.scalar_type()));
 }
 
 void check_like_x(const char* op, const Tensor& t, const char* name, const Tensor& x) {
@@ -108,7 +113,7 @@ std::tuple<Tensor, Tensor> rasa_linear_body(LaunchFn launch, const Tensor& x, co
                                             double p, const OptionalTensor& seed) {
   constexpr const char* op = "rasa_linear";
   const c10::DeviceGuard guard(x.device());
-  check_dim(op, x, "x", "(M, K)", 2);
+  check_x(op, x);
   check_dim(op, weight, "weight", "(N, K)", 2);
   check_shape(op, weight, "weight", "(N, K)", {weight.size(0), x.size(1)});
   check_like_x(op, weight, "weight", x);
@@ -133,7 +138,7 @@ std::tuple<Tensor, Tensor> rasa_add_body(LaunchFn launch, const Tensor& x, const
                                          const OptionalTensor& seed) {
   constexpr const char* op = "rasa_add";
   const c10::DeviceGuard guard(x.device());
-  check_dim(op, x, "x", "(M, K)", 2);
+  check_x(op, x);
   check_dim(op, base, "base", "(M, N)", 2);
   check_shape(op, base, "base", "(M, N)", {x.size(0), base.size(1)});
   check_like_x(op, base, "base", x);
@@ -156,7 +161,7 @@ Gradients rasa_backward_body(LaunchFn launch, const Tensor& dy, const Tensor& x,
                              double p, const OptionalTensor& seed, WantedMask wanted) {
   constexpr const char* op = "rasa_backward";
   const c10::DeviceGuard guard(x.device());
-  check_dim(op, x, "x", "(M, K)", 2);
+  check_x(op, x);
   check_dim(op, dy, "dy", "(M, N)", 2);
   const Sizes z = check_adapter(op, x, dy.size(1), adapter);
   check_shape(op, dy, "dy", "(M, N)", {z.M, z.N});

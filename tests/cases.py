@@ -34,7 +34,7 @@ CASES = [
     Case("no_tokens", 0, 128, 96, 8, 32),
     Case("row", 1, 512, 640, 7, 32),
     Case("column_blocks", 300, 600, 700, 3, 2),  # more than one tile of depth and of columns
-    Case("page_stride", 130, 2048, 1024, 7, 30),  # row strides of whole pages
+    Case("page_stride", 130, 1024, 192, 7, 30),  # row strides of whole pages
     Case("many_ranks", 40, 96, 80, 28, 520),  # more ranks than one tile holds
 ]
 # The authors' three rank layouts, Rp = r - k and Rs = k L, for models of 22, 30 and 32 layers.

@@ -20,7 +20,7 @@ struct RowMask {
 };
 
 struct TileOps {
-  // dst (n) = keep ∘ src · scale, in the compute type.
+  // dst (n) = keep ∘ src · scale, in the compute type. scale 1 within one type copies bits.
   void (*convert_row)(const void* src, double scale, RowMask mask, void* dst, int64_t n);
 
   // dst (n,2): dst[i][h] = keep_h ∘ src_h[i] · scale_h in the compute type; a null src is a row of zeros. This is the

@@ -215,7 +215,6 @@ TileRunner::Tile TileRunner::stream_rows(const Problem& p, const Segment& s, boo
   if (s.A.dtype == compute_ && !dropout && !(pairs_ && depth % 2)) {
     return {row(s.A, m0) + k0 * size, program_.blocks[s.A.first_block].ld};
   }
-  const double scale = dropout ? keep_scale(p.drop_threshold) : 1.0;
   for (int64_t r = 0; r < rows; ++r) {
     RowMask mask;
     if (dropout) {
@@ -226,7 +225,7 @@ TileRunner::Tile TileRunner::stream_rows(const Problem& p, const Segment& s, boo
       mask = {scratch.draws + r % kDropoutBlock * kTileDepth, p.drop_threshold};
     }
     char* dst = scratch.operand + r * kTileDepth * compute_size();
-    ops(s.A.dtype).convert_row(row(s.A, m0 + r) + k0 * size, scale, mask, dst, depth);
+    ops(s.A.dtype).convert_row(row(s.A, m0 + r) + k0 * size, 1.0, mask, dst, depth);
     if (pairs_ && depth % 2) std::memset(dst + depth * compute_size(), 0, compute_size());
   }
   return {scratch.operand, kTileDepth};
@@ -239,7 +238,7 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
   const bool has_dropout = p.seed && p.drop_threshold > 0;
   const bool drops_input = has_dropout && layout == Layout::kNT;
   const bool drops_product = has_dropout && layout == Layout::kNN;
-  const bool in_place = accumulates_in_place(p, drops_product);
+  const bool in_place = accumulates_in_place(p, has_dropout);
   const TileOps& c_ops = ops(p.C.dtype);
   const int64_t c_size = element_size(p.C.dtype);
 
@@ -271,7 +270,7 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
     sum_segments(p, rows, cols, m0, acc, ld_acc, add, scratch, multiply);
     if (in_place) continue;
 
-    const double keep = drops_product ? keep_scale(p.drop_threshold) : 1.0;
+    const double keep = has_dropout ? keep_scale(p.drop_threshold) : 1.0;
     for (int64_t r = 0; r < rows; ++r) {
       RowMask mask;
       if (drops_product) {
@@ -299,20 +298,19 @@ TileRunner::Tile TileRunner::stream_columns(const Problem& p, const Segment& s, 
     return {row(s.B, k0) + n0 * size, ld};
   }
   const int64_t pair = pairs_ ? 2 : 1;
-  const double keep = dropout ? keep_scale(p.drop_threshold) : 1.0;
   for (int64_t k = 0; k < round_up(depth, 16); k += pair) {
     if (dropout && k % kDropoutBlock == 0) {
       table_.draw_strip(seed(p), (k0 + k) / kDropoutBlock, n0 / kDropoutBlock,
                         ceil_div(cols, kDropoutBlock), scratch.draws, kWgradColumns);
     }
     const void* src[2] = {nullptr, nullptr};
-    double scale[2] = {keep, keep};
+    double scale[2] = {1, 1};
     RowMask mask[2];
     for (int64_t h = 0; h < pair; ++h) {
       const char* data = k + h < depth ? row(s.B, k0 + k + h) : nullptr;
       if (!data) continue;
       src[h] = data + n0 * size;
-      if (s.scale_k) scale[h] *= load_scale(s.scale_k, k0 + k + h);
+      if (s.scale_k) scale[h] = load_scale(s.scale_k, k0 + k + h);
       if (dropout) {
         mask[h] = {scratch.draws + (k + h) % kDropoutBlock * kWgradColumns, p.drop_threshold};
       }
@@ -352,18 +350,20 @@ void TileRunner::wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, 
   };
   sum_segments(p, rows, cols, m0, scratch.acc, kWgradColumns, false, scratch, multiply);
 
+  const double keep = p.seed && p.drop_threshold > 0 ? keep_scale(p.drop_threshold) : 1.0;
   for (int64_t r = 0; r < rows; ++r) {
     const char* acc = scratch.acc + r * kWgradColumns * acc_size();
     if (dots) {
       const int64_t size = element_size(p.row_dot_with.dtype);
       dots[m0 + r] =
+          keep *
           ops(p.row_dot_with.dtype).dot_row(acc, row(p.row_dot_with, m0 + r) + n0 * size, cols);
     }
     char* out = row(p.C, m0 + r);
     if (!out) continue;
     const int64_t size = element_size(p.C.dtype);
     const char* c_in = p.C_in.num_blocks ? row(p.C_in, m0 + r) + n0 * size : nullptr;
-    ops(p.C.dtype).finish_row(acc, row_scale(p, m0 + r), {}, c_in, out + n0 * size, cols);
+    ops(p.C.dtype).finish_row(acc, keep * row_scale(p, m0 + r), {}, c_in, out + n0 * size, cols);
   }
 }
 
