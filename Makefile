@@ -43,7 +43,7 @@ check: $(STAMP)-dev
 	cd $(VENV) && $(BIN)/python -m rasa_ext
 
 bench-quick: $(STAMP)-bench
-	$(BIN)/python benchmarks/bench.py quick $(ARGS)
+	$(BIN)/python benchmarks/bench.py step --quick $(ARGS)
 
 TORCH_FREE := csrc/gemm_problem.h csrc/host_device.h csrc/philox.h csrc/cpu/tile_ops.h \
   csrc/cpu/tile_ops.cpp $(filter-out csrc/cuda/register_cuda.cpp,$(wildcard csrc/cuda/*))
