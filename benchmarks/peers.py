@@ -189,3 +189,17 @@ def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:
     """Relative Frobenius error; NaN if either holds a NaN."""
     error = (out.double() - exact).norm() / exact.norm()
     return error.item() if error.isfinite() else math.nan
+
+
+def require_accurate(errors: dict[str, float], dtype: torch.dtype) -> None:
+    """Stop the run unless every peer is nearly as exact as the frozen one: no time for wrong work.
+
+    Allowed is twice the frozen peer's error plus one rounding of the result; NaN fails.
+    """
+    allowed = 2 * errors["frozen"] + torch.finfo(dtype).eps
+    for name, error in errors.items():
+        if not error <= allowed:
+            raise SystemExit(
+                f"bench: peer '{name}' is wrong: error {error:.2e} against float64, "
+                f"allowed {allowed:.2e}"
+            )
