@@ -15,11 +15,13 @@ from peers import (
     require_accurate,
     unwrap,
 )
-from timing import interleave, paired_ratio, summary
+from timing import calls_within, interleave, paired_ratio, summary
 from torch import nn
 
 # x and weights of the layers in a pass exceed this, so none of them waits in a cache.
 WORKING_SET_BYTES = 64 << 20
+# Long against the clock's resolution and a scheduler's tick.
+SAMPLE_SECONDS = 0.04
 
 
 class Projection(nn.Module):
@@ -106,8 +108,7 @@ def measure(
     xs = [torch.randn(M, K).to(dtype).requires_grad_() for _ in range(count)]
     dy = torch.randn(M, N).to(dtype)
     errors = check(models, adapter, xs[0], dy)
-    # About 40 ms of frozen work per sample on one modern core, whatever the shape.
-    repeats = max(1, int(2e9 / (count * 4 * M * K * N)))
+    repeats = calls_within(SAMPLE_SECONDS, one_pass(models["frozen"], xs, dy, count, 1))
     runs = {name: one_pass(model, xs, dy, count, repeats) for name, model in models.items()}
     seconds = interleave(runs, rounds)
     scale = 1e6 / (count * repeats)

@@ -22,6 +22,14 @@ def interleave(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     return seconds
 
 
+def calls_within(seconds: float, run: Callable[[], object]) -> int:
+    """Return how many calls fill about that time, at least one; the first call is a warm-up."""
+    run()
+    start = time.perf_counter()
+    run()
+    return max(1, round(seconds / (time.perf_counter() - start)))
+
+
 def summary(values: list[float]) -> dict[str, float]:
     """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
