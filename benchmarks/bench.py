@@ -1,0 +1,231 @@
+"""Benchmarks of rasa_ext against the frozen model, PEFT LoRA and the RaSA authors' formula.
+
+    python benchmarks/bench.py step --quick                     # a whole training step, 5 minutes
+    python benchmarks/bench.py step --full                      # all 30 layers, more rounds
+    python benchmarks/bench.py layer                            # single linears, for kernel tuning
+    python benchmarks/bench.py layer --shape 512,576,1536 --dtype bf16 --dropout 0
+
+Peers run interleaved; ratios are medians (min-max) of per-round quotients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+import layer
+import peak_memory
+import step
+import torch
+from peers import PEERS, Adapter
+from report import heading, results_path, spread, table, write_json
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# The four distinct linears of SmolLM2-135M at 4x128 tokens: q and o, k and v, gate and up, down.
+SMOLLM2_SHAPES = [(512, 576, 576), (512, 576, 192), (512, 576, 1536), (512, 1536, 576)]
+
+
+# Figures to reach for RaSA r=8, k=1: a quotient, and its upper bound in fp32 and bf16.
+FIGURES = {
+    "rasa p=0.05 / frozen": {"fp32": 1.25, "bf16": 1.30},
+    "rasa p=0.05 / lora p=0.05": {"fp32": 0.72, "bf16": 0.65},
+    "rasa p=0.05 / authors p=0.05": {"fp32": 0.68, "bf16": 0.62},
+    "rasa p=0 / lora p=0": {"fp32": 1.05, "bf16": 0.95},
+}
+MEMORY_FIGURE = 1.00
+# Pools stay those of 30 layers (R = 37), and the vocabulary shrinks with the depth.
+QUICK_LAYERS = 8
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """Read M,K,N."""
+    try:
+        M, K, N = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected M,K,N as in 512,576,1536, got {text}") from None
+    return M, K, N
+
+
+def parse_peers(text: str) -> list[str]:
+    """Read a list of peers; frozen, which every ratio needs, is always the first."""
+    names = text.split(",")
+    for name in names:
+        if name not in PEERS:
+            raise argparse.ArgumentTypeError(f"unknown peer {name}, choose from {','.join(PEERS)}")
+    return ["frozen", *(name for name in names if name != "frozen")]
+
+
+def adapter_dtype(args: argparse.Namespace, dtype: str) -> torch.dtype:
+    """Return the dtype of the trained tensors, the same in every peer."""
+    return torch.float32 if args.fp32_adapters else DTYPES[dtype]
+
+
+def describe(settings: dict[str, object]) -> str:
+    """Settings on one line."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def run_layer(args: argparse.Namespace) -> None:
+    """Time single linears and print one row for each dtype, dropout and shape."""
+    results = []
+    for dtype, dropout in itertools.product(args.dtype, args.dropout):
+        adapter = Adapter(
+            ("proj",), args.r, args.k, args.alpha, dropout, adapter_dtype(args, dtype)
+        )
+        for shape in args.shape or SMOLLM2_SHAPES:
+            results.append(
+                layer.measure(shape, DTYPES[dtype], adapter, args.layers, args.peers, args.rounds)
+            )
+    adapters = [name for name in args.peers if name != "frozen"]
+    header = ["dtype", "dropout", "M", "K", "N", "frozen, us", *(f"{a} / frozen" for a in adapters)]
+    rows = [
+        [
+            result["dtype"],
+            f"{result['dropout']:g}",
+            *map(str, result["shape"].values()),
+            spread(result["us"]["frozen"], 0),
+            *(spread(result["over_frozen"][name]) for name in adapters),
+        ]
+        for result in results
+    ]
+    settings = {name: getattr(args, name) for name in ("r", "k", "layers", "rounds")}
+    settings["adapter_dtype"] = "float32" if args.fp32_adapters else "as the weights"
+    print(heading())
+    print("forward + backward of one linear; median (min-max);", describe(settings))
+    print(table(header, rows))
+    if args.json:
+        write_json(args.json, {"subject": "layer", **settings}, {"results": results})
+
+
+def run_step(args: argparse.Namespace) -> None:
+    """Time whole training steps; print times, and the quotients beside the figures to reach."""
+    layers = args.layers or (step.MODEL_LAYERS if args.full else QUICK_LAYERS)
+    results = {}
+    for dtype in args.dtype:
+        adapters = [
+            Adapter(step.TARGETS, args.r, args.k, args.alpha, p, adapter_dtype(args, dtype))
+            for p in args.dropout
+        ]
+        results[dtype] = step.measure(DTYPES[dtype], adapters, args.peers, layers, args.rounds)
+        results[dtype]["memory"] = {
+            name: peak_memory.measure(name, DTYPES[dtype], adapters[0], layers)
+            for name in args.peers
+        }
+    settings = {name: getattr(args, name) for name in ("r", "k", "rounds")} | {
+        "layers": layers,
+        "vocabulary": step.vocabulary(layers),
+        "batch": list(step.BATCH),
+        "adapter_dtype": "float32" if args.fp32_adapters else "as the weights",
+        "memory_dropout": args.dropout[0],
+    }
+    print(heading())
+    print("training step with optimizer; median (min-max);", describe(settings))
+    print(step_table(results, args.dropout[0]))
+    print("\nPer-round quotients beside the figures to reach (r=8, k=1):")
+    print(figures_table(results))
+    path = args.json or results_path(f"step_{layers}_layers")
+    write_json(path, {"subject": "step", **settings}, {"results": results})
+
+
+def step_table(results: dict[str, Any], memory_dropout: float) -> str:
+    """One row for each dtype and peer; memory was measured with one dropout only."""
+    rows = []
+    for dtype, result in results.items():
+        for run, seconds in result["seconds"].items():
+            name, _, dropout = run.partition(" p=")
+            has_memory = dropout in ("", f"{memory_dropout:g}")
+            ratio = result["ratios"].get(f"{run} / frozen")
+            rows.append(
+                [
+                    run,
+                    dtype,
+                    spread(seconds, 0, 1e-3),
+                    spread(ratio) if ratio else "1",
+                    f"{result['error'][name]:.1e}",
+                    f"{result['memory'][name] / 2**20:.0f}" if has_memory else "",
+                ]
+            )
+    return table(["peer", "dtype", "ms", "/ frozen", "error", "peak MiB"], rows)
+
+
+def figures_table(results: dict[str, Any]) -> str:
+    """Print measured quotients and their upper bounds; a quotient needs both its peers."""
+    rows = []
+    for dtype, result in results.items():
+        for pair, bounds in FIGURES.items():
+            if pair in result["ratios"]:
+                ratio, bound = result["ratios"][pair], bounds[dtype]
+                verdict = "reached" if ratio["median"] <= bound else "missed"
+                rows.append([pair, dtype, spread(ratio), f"{bound:.2f}", verdict])
+        memory = result["memory"]
+        if {"rasa", "lora"} <= memory.keys():
+            value = memory["rasa"] / memory["lora"]
+            verdict = "reached" if value <= MEMORY_FIGURE else "missed"
+            row = ["peak memory, rasa / lora", dtype, f"{value:.2f}", f"{MEMORY_FIGURE:.2f}"]
+            rows.append([*row, verdict])
+    return table(["quotient", "dtype", "measured", "at most", ""], rows)
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every subcommand."""
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.05, 0.0])
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--k", type=int, default=1)
+    parser.add_argument("--alpha", type=float, default=16)
+    parser.add_argument(
+        "--peers",
+        type=parse_peers,
+        default=list(PEERS),
+        help=f"comma-separated, from {','.join(PEERS)}; frozen always runs",
+    )
+    parser.add_argument(
+        "--fp32-adapters",
+        action="store_true",
+        help="train the adapters in float32 under bf16 weights, in every peer",
+    )
+    parser.add_argument("--threads", type=int, default=None, help="torch's threads")
+
+
+def main() -> None:
+    """Read the command line and run the subcommand."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    single = commands.add_parser("layer", help="time single linears")
+    add_common(single)
+    single.add_argument(
+        "--shape",
+        nargs="+",
+        type=parse_shape,
+        metavar="M,K,N",
+        default=None,
+        help="default: the four linears of SmolLM2-135M at 512 tokens",
+    )
+    single.add_argument("--layers", type=int, default=30, help="layers that share the pool")
+    single.add_argument("--rounds", type=int, default=15)
+    single.add_argument("--json", type=Path, default=None)
+    single.set_defaults(run=run_layer)
+
+    whole = commands.add_parser("step", help="time a whole training step")
+    add_common(whole)
+    size = whole.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help=f"{QUICK_LAYERS} layers (the default)")
+    size.add_argument("--full", action="store_true", help=f"all {step.MODEL_LAYERS} layers")
+    whole.add_argument("--layers", type=int, help="another number of layers")
+    whole.add_argument("--rounds", type=int, default=9)
+    whole.add_argument("--json", type=Path, help="default: a file of this machine in results/")
+    whole.set_defaults(run=run_step)
+
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

