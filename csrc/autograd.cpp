@@ -1,4 +1,5 @@
-// Autograd: one Function per op. Forward calls the op again below the Autograd key; backward calls rasa_backward.
+// Autograd: one Function per op. Forward calls the op again below the Autograd key; backward calls
+// rasa_backward.
 #include <ATen/Functions.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -12,9 +13,10 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using LinearSignature = std::tuple<Tensor, Tensor>(
-    const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-    const Tensor&, const Tensor&, const Tensor&, double, const OptionalTensor&);
+using LinearSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&,
+                                                   const OptionalTensor&, const Tensor&,
+                                                   const Tensor&, const Tensor&, const Tensor&,
+                                                   const Tensor&, double, const OptionalTensor&);
 using AddSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                                 const Tensor&, const Tensor&, const Tensor&,
                                                 const Tensor&, double, const OptionalTensor&);
@@ -39,8 +41,8 @@ void save(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight,
   ctx->set_materialize_grads(false);
 }
 
-// The gradients of x and the adapter, undefined where not wanted. edges: the position of each among the tensors that
-// forward received.
+// The gradients of x and the adapter, undefined where not wanted. edges: the position of each among
+// the tensors that forward received.
 std::array<Tensor, kNumWanted> backward_of_adapter(AutogradContext* ctx, const Tensor& dy,
                                                    const variable_list& saved,
                                                    const std::array<size_t, kNumWanted>& edges) {
@@ -79,8 +81,8 @@ struct RasaLinear : torch::autograd::Function<RasaLinear> {
     if (!dy.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const size_t first = ctx->saved_data["has_bias"].toBool() ? 3 : 2;
-    const auto g = backward_of_adapter(
-        ctx, dy, saved, {0, first, first + 1, first + 2, first + 3, first + 4});
+    const auto g =
+        backward_of_adapter(ctx, dy, saved, {0, first, first + 1, first + 2, first + 3, first + 4});
     result[0] = g[kDx];
     if (ctx->needs_input_grad(1)) result[1] = at::mm(dy.t(), saved[0]);
     if (first == 3 && ctx->needs_input_grad(2)) result[2] = dy.sum(0);
@@ -118,8 +120,7 @@ std::tuple<Tensor, Tensor> rasa_linear(const Tensor& x, const Tensor& weight,
                                        const Tensor& A_shared, const Tensor& Bt,
                                        const Tensor& Bt_shared, const Tensor& d, double p,
                                        const OptionalTensor& seed) {
-  const auto out =
-      RasaLinear::apply(x, weight, bias, A, A_shared, Bt, Bt_shared, d, p, seed);
+  const auto out = RasaLinear::apply(x, weight, bias, A, A_shared, Bt, Bt_shared, d, p, seed);
   return {out[0], out[1]};
 }
 
@@ -152,8 +153,7 @@ Gradients rasa_backward(const Tensor& dy, const Tensor& x, const OptionalTensor&
 }
 
 using GroupedGemmSignature = std::vector<Tensor>(std::string_view, at::TensorList, at::TensorList,
-                                                 at::IntArrayRef,
-                                                 const c10::List<OptionalTensor>&,
+                                                 at::IntArrayRef, const c10::List<OptionalTensor>&,
                                                  const c10::List<OptionalTensor>&,
                                                  const c10::List<OptionalTensor>&,
                                                  std::optional<at::ScalarType>);

@@ -42,8 +42,8 @@ inline void check_row_major(const char* op, const at::Tensor& t, const char* nam
 
 // Sizes and row strides are 32-bit in the kernels' argument block.
 inline int32_t check_size(const char* op, const char* name, int64_t size) {
-  TORCH_CHECK(size <= std::numeric_limits<int32_t>::max(), op, ": ", name, " must be below 2^31, got ",
-              size);
+  TORCH_CHECK(size <= std::numeric_limits<int32_t>::max(), op, ": ", name,
+              " must be below 2^31, got ", size);
   return static_cast<int32_t>(size);
 }
 

@@ -9,19 +9,22 @@
 //   NN       A (M,K)           B (K,N)           expand   y = base + (s∘d)·Bt   dx = (g∘d)·A
 //   TN       A (K,M)           B (K,N)           wgrad    dA = d ∘rows gᵀ·x     dBt = d ∘rows sᵀ·dy
 //
-// Every matrix is row-major and is a stack of row blocks (a matrix in one piece is a stack of one): shared and
-// private ranks are two blocks of one matrix and are never copied together in memory. A stack with fewer rows than
-// its axis reads as zeros beyond them, and a block without a pointer is not written.
+// Every matrix is row-major and is a stack of row blocks (a matrix in one piece is a stack of one):
+// shared and private ranks are two blocks of one matrix and are never copied together in memory. A
+// stack with fewer rows than its axis reads as zeros beyond them, and a block without a pointer is
+// not written.
 //
-// Dropout acts on the (tokens, features) matrix of the problem: op(A) in NT, the product in NN, op(B) in TN. So one
-// mask serves the forward shrink and, in backward, wgrad and dx; philox.h says which bit belongs to which element.
+// Dropout acts on the (tokens, features) matrix of the problem: op(A) in NT, the product in NN,
+// op(B) in TN. So one mask serves the forward shrink and, in backward, wgrad and dx; philox.h says
+// which bit belongs to which element.
 //
-// Rounding: operands are rounded to Program::dtype (once, after scale_k); products are summed in fp32 (fp64 for F64);
-// the factor of kept elements is applied to that sum, C_in is added to it, and C is rounded once.
+// Rounding: operands are rounded to Program::dtype (once, after scale_k); products are summed in
+// fp32 (fp64 for F64); the factor of kept elements is applied to that sum, C_in is added to it, and
+// C is rounded once.
 //
-// A program is a list of groups that run in order. A row of an NT or NN result may depend on the same row, and on no
-// other, of an earlier NT or NN result, so a backend may run all of them row tile by row tile. A TN group may read
-// any earlier result whole.
+// A program is a list of groups that run in order. A row of an NT or NN result may depend on the
+// same row, and on no other, of an earlier NT or NN result, so a backend may run all of them row
+// tile by row tile. A TN group may read any earlier result whole.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +32,11 @@
 
 namespace rasa {
 
-enum class Layout : int8_t { kNN, kNT, kTN };  // BLAS letters of op(A), op(B): N as stored, T transposed
+enum class Layout : int8_t {
+  kNN,
+  kNT,
+  kTN
+};  // BLAS letters of op(A), op(B): N as stored, T transposed
 enum class DType : int8_t { kF64, kF32, kBF16, kF16 };
 
 constexpr int64_t element_size(DType dtype) {
@@ -58,13 +65,14 @@ struct Segment {
 struct Problem {
   int32_t M = 0, N = 0;
   int32_t first_segment = 0, num_segments = 0;  // in Program::segments
-  Matrix C_in;                          // (M,N), C's dtype; may be C itself
-  Matrix C;                             // (M,N)
-  // TN with one segment only: row_dot (M) = Σ_n row_dot_with (M,N) ∘ (op(A)·op(B)) (M,N), without scale_m. Gives dd.
+  Matrix C_in;                                  // (M,N), C's dtype; may be C itself
+  Matrix C;                                     // (M,N)
+  // TN with one segment only: row_dot (M) = Σ_n row_dot_with (M,N) ∘ (op(A)·op(B)) (M,N), without
+  // scale_m. Gives dd.
   Matrix row_dot_with;
-  void* row_dot = nullptr;         // Program::scale_dtype; nullptr: not wanted
-  const int64_t* seed = nullptr;   // the dropout seed, in the backend's memory; nullptr: no dropout
-  uint32_t drop_threshold = 0;     // an element is dropped when its 15-bit draw is below it
+  void* row_dot = nullptr;        // Program::scale_dtype; nullptr: not wanted
+  const int64_t* seed = nullptr;  // the dropout seed, in the backend's memory; nullptr: no dropout
+  uint32_t drop_threshold = 0;    // an element is dropped when its 15-bit draw is below it
 };
 
 struct Group {

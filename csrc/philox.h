@@ -1,14 +1,16 @@
 // The dropout mask: (seed, token, feature) → a 15-bit draw, the same on host and device.
 //
-// Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: the fewest rounds
-// that pass BigCrush). One call yields the 8 draws that one lane of a warp needs for a 16 × 16 block of the
-// (tokens, features) matrix, in the order of the A fragment of mma.m16n8k16:
+// Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011:
+// the fewest rounds that pass BigCrush). One call yields the 8 draws that one lane of a warp needs
+// for a 16 × 16 block of the (tokens, features) matrix, in the order of the A fragment of
+// mma.m16n8k16:
 //
 //   counter = (lane, m / 16, c / 16, 0)      lane = (m % 8)·4 + (c % 8) / 2
 //   word    = (m / 8) % 2 + 2·((c / 8) % 2)  half = c % 2 (0: low 16 bits)
 //   key     = seed (low word, high word)
 //
-// The draw is the low 15 bits of the half. 15, not 16: two draws then compare against a threshold with one 32-bit add.
+// The draw is the low 15 bits of the half. 15, not 16: two draws then compare against a threshold
+// with one 32-bit add.
 #pragma once
 
 #include "host_device.h"
@@ -42,7 +44,8 @@ RASA_HD uint32_t dropout_draw(uint64_t seed, uint32_t m, uint32_t c) {
   return (r.word[(m / 8) % 2 + 2 * ((c / 8) % 2)] >> (16 * (c % 2))) & (kDrawRange - 1);
 }
 
-// p is rounded to a multiple of 2^-15, and kept elements are scaled by the inverse of the keep rate that results.
+// p is rounded to a multiple of 2^-15, and kept elements are scaled by the inverse of the keep rate
+// that results.
 RASA_HD uint32_t drop_threshold(double p) {
   const uint32_t threshold = static_cast<uint32_t>(p * kDrawRange + 0.5);
   return threshold < kDrawRange ? threshold : kDrawRange - 1;  // p < 1 keeps something

@@ -16,17 +16,22 @@ inline bool is_supported(at::ScalarType type) {
 
 inline DType to_dtype(at::ScalarType type) {
   switch (type) {
-    case at::kDouble: return DType::kF64;
-    case at::kFloat: return DType::kF32;
-    case at::kBFloat16: return DType::kBF16;
-    default: return DType::kF16;
+    case at::kDouble:
+      return DType::kF64;
+    case at::kFloat:
+      return DType::kF32;
+    case at::kBFloat16:
+      return DType::kBF16;
+    default:
+      return DType::kF16;
   }
 }
 
-// Rows that follow each other at a stride the kernels can take; a broadcast row stride (0) is not one.
+// Rows that follow each other at a stride the kernels can take; a broadcast row stride (0) is not
+// one.
 inline bool is_row_major(const at::Tensor& t) {
-  return t.numel() == 0 || ((t.stride(1) == 1 || t.size(1) == 1) &&
-                            (t.stride(0) >= t.size(1) || t.size(0) == 1));
+  return t.numel() == 0 ||
+         ((t.stride(1) == 1 || t.size(1) == 1) && (t.stride(0) >= t.size(1) || t.size(0) == 1));
 }
 
 inline at::Tensor row_major(const at::Tensor& t) { return is_row_major(t) ? t : t.contiguous(); }
@@ -56,7 +61,8 @@ class ProgramBuilder {
   }
 
   struct Output {
-    const at::Tensor& tensor;  // undefined: these rows are computed where others need them, and not written
+    const at::Tensor&
+        tensor;  // undefined: these rows are computed where others need them, and not written
     int64_t rows;
   };
 

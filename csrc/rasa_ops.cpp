@@ -28,8 +28,8 @@ Sizes check_adapter(const char* op, const Tensor& x, int64_t N, const Adapter& a
   const at::ScalarType type = adapter.A.scalar_type();
   const bool is_half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
   TORCH_CHECK(type == x.scalar_type() || (is_half && type == at::kFloat), op,
-              ": A must have x's dtype ", at::toString(x.scalar_type()),
-              is_half ? " or Float" : "", ", got ", at::toString(type));
+              ": A must have x's dtype ", at::toString(x.scalar_type()), is_half ? " or Float" : "",
+              ", got ", at::toString(type));
   const auto check_like_A = [&](const Tensor& t, const char* name) {
     check_dtype(op, t, name, type, "A's");
     check_device(op, t, name, x);
@@ -188,7 +188,9 @@ Gradients rasa_backward_body(LaunchFn launch, const Tensor& dy, const Tensor& x,
                       : at::empty({z.M, z.K}, x.options());
   }
   // An operator returns tensors: what was not asked for is an empty one.
-  const auto returned = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
+  const auto returned = [&](const Tensor& t) {
+    return t.defined() ? t : at::empty({0}, x.options());
+  };
   const Gradients result = {returned(dx),  returned(dA),         returned(dA_shared),
                             returned(dBt), returned(dBt_shared), returned(dd)};
   if (z.R() == 0) return result;
@@ -210,7 +212,8 @@ Gradients rasa_backward_body(LaunchFn launch, const Tensor& dy, const Tensor& x,
     expand.C = builder.matrix(dx);
     if (weight) expand.C_in = expand.C;
     dropout.apply(expand);
-    builder.add_segment(builder.matrix(g), builder.stack({&adapter.A_shared, &adapter.A}), g.size(1))
+    builder
+        .add_segment(builder.matrix(g), builder.stack({&adapter.A_shared, &adapter.A}), g.size(1))
         .scale_k = data(adapter.d);
   }
   if (wants_dA || wants_dBt) builder.begin_group(Layout::kTN);
@@ -243,14 +246,15 @@ namespace {
 Layout parse_layout(const char* op, std::string_view layout) {
   if (layout == "NN") return Layout::kNN;
   if (layout == "NT") return Layout::kNT;
-  TORCH_CHECK(layout == "TN", op, ": layout must be \"NN\", \"NT\" or \"TN\", got \"", layout, "\"");
+  TORCH_CHECK(layout == "TN", op, ": layout must be \"NN\", \"NT\" or \"TN\", got \"", layout,
+              "\"");
   return Layout::kTN;
 }
 
 void check_optionals(const char* op, const std::vector<OptionalTensor>& list, const char* name,
                      const char* of_what, size_t expected) {
-  TORCH_CHECK(list.empty() || list.size() == expected, op, ": ", name, " must have one entry for each ",
-              of_what, " = ", expected, ", got ", list.size());
+  TORCH_CHECK(list.empty() || list.size() == expected, op, ": ", name,
+              " must have one entry for each ", of_what, " = ", expected, ", got ", list.size());
 }
 
 const Tensor* entry(const std::vector<OptionalTensor>& list, size_t i) {
@@ -274,8 +278,8 @@ std::vector<Tensor> grouped_gemm_body(LaunchFn launch, std::string_view layout_n
     TORCH_CHECK(n >= 1, op, ": segments must be at least 1 for each problem, got ", segments);
     num_segments += n;
   }
-  TORCH_CHECK(num_segments == static_cast<int64_t>(A.size()), op, ": segments must sum to the number of tensors in A = ",
-              A.size(), ", got ", segments);
+  TORCH_CHECK(num_segments == static_cast<int64_t>(A.size()), op,
+              ": segments must sum to the number of tensors in A = ", A.size(), ", got ", segments);
   check_optionals(op, C_in, "C_in", "problem", segments.size());
   check_optionals(op, scale_m, "scale_m", "segment", A.size());
   check_optionals(op, scale_k, "scale_k", "segment", A.size());

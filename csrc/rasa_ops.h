@@ -1,5 +1,6 @@
-// The op bodies: check, allocate, describe as a Program, launch. Written once; the launcher is a template argument, so
-// that a backend is one more launcher and checks and allocation cannot differ between backends.
+// The op bodies: check, allocate, describe as a Program, launch. Written once; the launcher is a
+// template argument, so that a backend is one more launcher and checks and allocation cannot differ
+// between backends.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,7 +19,8 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Columns of s and g: R rounded up, so that a row of 7, 14 or 28 ranks starts at a 16-byte boundary.
+// Columns of s and g: R rounded up, so that a row of 7, 14 or 28 ranks starts at a 16-byte
+// boundary.
 template <class Int>
 Int padded_rank(Int R) {
   return (R + 7) / 8 * 8;

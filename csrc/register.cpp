@@ -105,8 +105,12 @@ Gradients rasa_backward_meta(const Tensor&, const Tensor& x, const OptionalTenso
     return wanted[which] ? at::empty_symint(t.sym_sizes(), t.options())
                          : at::empty({0}, x.options());
   };
-  return {grad_of(kDx, x),   grad_of(kDA, A),               grad_of(kDAShared, A_shared),
-          grad_of(kDBt, Bt), grad_of(kDBtShared, Bt_shared), grad_of(kDd, d)};
+  return {grad_of(kDx, x),
+          grad_of(kDA, A),
+          grad_of(kDAShared, A_shared),
+          grad_of(kDBt, Bt),
+          grad_of(kDBtShared, Bt_shared),
+          grad_of(kDd, d)};
 }
 
 std::vector<Tensor> grouped_gemm_meta(std::string_view layout, at::TensorList A, at::TensorList B,
@@ -117,9 +121,9 @@ std::vector<Tensor> grouped_gemm_meta(std::string_view layout, at::TensorList A,
   size_t first = 0;
   for (const int64_t num_segments : segments) {
     const Tensor& a = A[first];
-    results.push_back(at::empty_symint({a.sym_size(layout == "TN" ? 1 : 0),
-                                        B[first].sym_size(layout == "NT" ? 0 : 1)},
-                                       a.options().dtype(out_dtype.value_or(a.scalar_type()))));
+    results.push_back(at::empty_symint(
+        {a.sym_size(layout == "TN" ? 1 : 0), B[first].sym_size(layout == "NT" ? 0 : 1)},
+        a.options().dtype(out_dtype.value_or(a.scalar_type()))));
     first += num_segments;
   }
   return results;

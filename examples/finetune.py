@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import rasa_ext
 import torch
 from evaluation import answer_loss, exact_match, held_out_loss
 from gsm_symbolic import GsmSymbolic
@@ -32,6 +31,8 @@ from safetensors.torch import save_file
 from smollm2 import model_folder
 from torch import nn
 from training_state import TrainingState
+
+import rasa_ext
 
 CACHED_MODEL = Path("demo/SmolLM2-135M-Instruct")
 # Import name and pip name of what the demo needs beside rasa_ext.

@@ -12,10 +12,11 @@ import argparse
 import os
 from pathlib import Path
 
-import rasa_ext
 import torch
 from language_model import add_model_arguments, load_model
 from safetensors.torch import load_file
+
+import rasa_ext
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rasa_ext import adapter_state_dict
 from torch import nn
+
+from rasa_ext import adapter_state_dict
 
 
 def write_atomically(path: Path, content: Any) -> None:

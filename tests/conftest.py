@@ -15,7 +15,7 @@ DEVICES = ["cpu"] + (["cuda"] if "cuda" in BACKENDS and torch.cuda.is_available(
 
 @pytest.fixture(autouse=True)
 def nan_filled_allocations() -> Iterator[None]:
-    """Deterministic mode fills torch.empty with NaN: an element nobody wrote is a NaN, and fails."""
+    """Deterministic mode fills torch.empty with NaN: an element nobody wrote fails."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield

@@ -1,4 +1,4 @@
-"""Random inputs of the ops for a case: unit normal, never zero, rounded before the oracle sees them."""
+"""Random inputs of the ops for a case: normal, rounded before the oracle sees them."""
 
 from __future__ import annotations
 

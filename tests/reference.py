@@ -95,7 +95,7 @@ def assert_accurate(
     assert error(out, exact) <= allowed, f"{what}: {error(out, exact):.3g} > {allowed:.3g}"
     if exact.dim() != 2 or exact.numel() == 0:
         return
-    # By row, against the norm of a typical row, so that one wrong row cannot hide in a large matrix.
+    # By row, against the norm of a typical row: one wrong row cannot hide in a large matrix.
     scale = exact.norm() / math.sqrt(exact.shape[0]) + torch.finfo(torch.float64).tiny
     worst = ((out.double() - exact).norm(dim=1).max() / scale).item()
     worst_plain = ((plain.double() - exact).norm(dim=1).max() / scale).item()
@@ -115,7 +115,9 @@ def compare_with_float64(
     cotangent: Tensor | None = None
     for fn, dtype in ((formula, torch.float64), (formula, None), (ours, None)):
         leaves = [
-            None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(t.is_floating_point())
+            None
+            if t is None
+            else t.detach().to(dtype or t.dtype).requires_grad_(t.is_floating_point())
             for t in inputs
         ]
         y = fn(*leaves)

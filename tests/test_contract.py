@@ -1,4 +1,4 @@
-"""What PyTorch expects of an op: opcheck, compile, autocast, checkpointing, every backend, no waste."""
+"""What PyTorch expects of an op: opcheck, compile, autocast, checkpointing, no waste."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def test_every_op_has_every_kernel():
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rasa_ext::{name}", key), name
     for name in ("rasa_linear", "rasa_add"):
         for key in ("AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"):
-            assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"rasa_ext::{name}", key), name
+            assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(
+                f"rasa_ext::{name}", key
+            ), name
 
 
 @pytest.mark.parametrize("op", [rasa_linear, rasa_add])
@@ -172,7 +174,7 @@ def allocated(fn) -> int:
 @pytest.mark.parametrize("dtypes", [DTYPES[1], DTYPES[2], DTYPES[5]], ids=dtypes_id)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_no_temporary_grows_with_the_tokens_but_the_results_and_the_ranks(dtypes, p):
-    """Per token: y and s forward; dx, g and the packed g and s backward. No K- or N-wide temporary."""
+    """Per token: y and s forward; dx, g and packed g and s backward. Nothing K- or N-wide else."""
     K, N, R8 = 512, 768, 40
     grown = []
     for M in (256, 768):

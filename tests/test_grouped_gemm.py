@@ -87,9 +87,10 @@ def test_each_problem_is_its_own_sum(layout, dtypes, strided, with_C_in, with_sc
 
 
 def test_segments_may_come_in_any_order():
-    A, B = [randn(40, K, dtype=torch.float32) for K in (7, 30)], [
-        randn(K, 50, dtype=torch.float32) for K in (7, 30)
-    ]
+    A, B = (
+        [randn(40, K, dtype=torch.float32) for K in (7, 30)],
+        [randn(K, 50, dtype=torch.float32) for K in (7, 30)],
+    )
     (C,) = grouped_gemm("NN", A, B, [2])
     (swapped,) = grouped_gemm("NN", A[::-1], B[::-1], [2])
     exact = A[0].double() @ B[0].double() + A[1].double() @ B[1].double()

@@ -1,8 +1,8 @@
 // The CPU launcher: lays out memory, packs the small operands, and deals tiles to threads.
 //
-// NT and NN groups run together, token tile by token tile, so that s and g are still in cache when the next group
-// reads them. TN groups are cut by columns of features, each tile summing over all tokens: no partial sums, so the
-// result does not depend on the number of threads.
+// NT and NN groups run together, token tile by token tile, so that s and g are still in cache when
+// the next group reads them. TN groups are cut by columns of features, each tile summing over all
+// tokens: no partial sums, so the result does not depend on the number of threads.
 #include "grouped_gemm.h"
 
 #include <ATen/Parallel.h>
@@ -21,7 +21,8 @@ constexpr int64_t kAlignment = 64;
 // Below this much work per thread, waking another thread costs more than it saves.
 constexpr int64_t kMinFlopsPerThread = 1 << 20;
 
-// A consecutive run of groups of one kind (by row tiles, or by column blocks) with its packed operands.
+// A consecutive run of groups of one kind (by row tiles, or by column blocks) with its packed
+// operands.
 class Phase {
  public:
   Phase(const Program& program, const TileRunner& runner, size_t first_group, size_t end_group)
@@ -40,7 +41,8 @@ class Phase {
   }
 
   void run_rows(bool fused, char* scratch) {
-    // In a fused phase all problems have the same rows, and one task runs a row tile through all of them.
+    // In a fused phase all problems have the same rows, and one task runs a row tile through all of
+    // them.
     std::vector<int64_t> first_task = {0};
     int64_t flops = 0;
     for (const Item& item : items_) {
@@ -66,8 +68,8 @@ class Phase {
     int64_t flops = 0;
     for (const Item& item : items_) {
       flops += item.flops;
-      first_task.push_back(first_task.back() + num_row_blocks(*item.problem) *
-                                                   num_column_blocks(*item.problem));
+      first_task.push_back(first_task.back() +
+                           num_row_blocks(*item.problem) * num_column_blocks(*item.problem));
     }
     // dots[problem]: (column blocks, M), summed in column order afterwards.
     std::vector<std::vector<double>> dots(items_.size());

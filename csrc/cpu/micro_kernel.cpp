@@ -1,4 +1,5 @@
-// Choice of vector loops and micro-kernels by what the CPU was seen to do, not by what it is called.
+// Choice of vector loops and micro-kernels by what the CPU was seen to do, not by what it is
+// called.
 #include "micro_kernel.h"
 
 #include <ATen/native/CPUBlas.h>
@@ -37,12 +38,13 @@ Capability capability() {
 }
 
 template <class T>
-void library_gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t ldA, const T* B,
-                  int64_t ldB, float* C, int64_t ldC, bool add_C) {
+void library_gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t ldA, const T* B, int64_t ldB,
+                  float* C, int64_t ldC, bool add_C) {
   at::native::cpublas::brgemm(M, N, K, ldA, ldB, ldC, add_C, A, B, C, /*is_vnni=*/sizeof(T) == 2);
 }
 
-// Small whole numbers multiply exactly in every type, so a right micro-kernel gives exactly this product.
+// Small whole numbers multiply exactly in every type, so a right micro-kernel gives exactly this
+// product.
 template <class T>
 bool multiplies_right() {
   constexpr int64_t M = 4, N = 32, K = 32;
@@ -87,20 +89,26 @@ bool has_f16() {
 const TileOpsTable& tile_ops() {
   switch (capability()) {
 #if defined(RASA_HAS_AVX512)
-    case Capability::kAvx512: return tile_ops_avx512();
+    case Capability::kAvx512:
+      return tile_ops_avx512();
 #endif
 #if defined(RASA_HAS_AVX2)
-    case Capability::kAvx2: return tile_ops_avx2();
+    case Capability::kAvx2:
+      return tile_ops_avx2();
 #endif
-    default: return tile_ops_baseline();
+    default:
+      return tile_ops_baseline();
   }
 }
 
 std::string cpu_capability() {
   switch (capability()) {
-    case Capability::kAvx512: return "avx512";
-    case Capability::kAvx2: return "avx2";
-    default: return "baseline";
+    case Capability::kAvx512:
+      return "avx512";
+    case Capability::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
   }
 }
 
@@ -113,9 +121,12 @@ void set_portable(bool portable) { use_portable = portable; }
 
 DType compute_dtype(DType dtype) {
   switch (dtype) {
-    case DType::kBF16: return has_bf16() ? dtype : DType::kF32;
-    case DType::kF16: return has_f16() ? dtype : DType::kF32;
-    default: return dtype;
+    case DType::kBF16:
+      return has_bf16() ? dtype : DType::kF32;
+    case DType::kF16:
+      return has_f16() ? dtype : DType::kF32;
+    default:
+      return dtype;
   }
 }
 

@@ -1,7 +1,8 @@
-// Plain loops that the compiler turns into vector code; built once per CPU capability (see tile_ops.h).
+// Plain loops that the compiler turns into vector code; built once per CPU capability (see
+// tile_ops.h).
 //
-// Nothing here may be an inline function with external linkage outside this namespace's anonymous part: the linker
-// would keep one copy of it, perhaps the one with instructions the CPU lacks.
+// Nothing here may be an inline function with external linkage outside this namespace's anonymous
+// part: the linker would keep one copy of it, perhaps the one with instructions the CPU lacks.
 #include "tile_ops.h"
 
 #include "../philox.h"
@@ -40,7 +41,8 @@ inline float widen(BF16 v) { return as_float(uint32_t{v.bits} << 16); }
 inline float widen(F16 v) {
   const uint32_t sign = (uint32_t{v.bits} & 0x8000u) << 16;
   const uint32_t rest = uint32_t{v.bits} & 0x7fffu;
-  // Multiplying by 2^112 rebases the exponent and normalises subnormals; infinities and NaN keep a full exponent.
+  // Multiplying by 2^112 rebases the exponent and normalises subnormals; infinities and NaN keep a
+  // full exponent.
   const uint32_t finite = as_bits(as_float(rest << 13) * as_float(0x77800000u));
   return as_float(sign | (rest >= 0x7c00u ? (rest << 13) | 0x7f800000u : finite));
 }
@@ -68,7 +70,8 @@ inline F16 narrow<F16>(float v) {
   const uint32_t u = as_bits(v);
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t mag = u & 0x7fffffffu;
-  // Subnormal results: adding 0.5 puts the half's last bit at the float's last bit, so the addition rounds.
+  // Subnormal results: adding 0.5 puts the half's last bit at the float's last bit, so the addition
+  // rounds.
   const uint32_t subnormal = as_bits(as_float(mag) + 0.5f) - as_bits(0.5f);
   const uint32_t normal = (mag + 0xfffu + ((mag >> 13) & 1u) - (112u << 23)) >> 13;
   const uint32_t finite = mag < 0x38800000u ? subnormal : normal;
@@ -161,7 +164,8 @@ struct Loops {
         const int32_t last_dropped = int32_t{threshold} - 1;
         for (int64_t i = 0; i < n; ++i) {
           const uint32_t pair = convert<C>(row0[i]).bits | uint32_t{convert<C>(row1[i]).bits} << 16;
-          // All ones where draw ≥ threshold: the sign of the difference, in arithmetic that vectorises.
+          // All ones where draw ≥ threshold: the sign of the difference, in arithmetic that
+          // vectorises.
           const int32_t draw0 = draws0[i] & (kDrawRange - 1), draw1 = draws1[i] & (kDrawRange - 1);
           const uint32_t kept0 = static_cast<uint32_t>((last_dropped - draw0) >> 31);
           const uint32_t kept1 = static_cast<uint32_t>((last_dropped - draw1) >> 31);
@@ -262,20 +266,28 @@ const TileOps* ops_of() {
 template <class P>
 const TileOps* ops_of_storage(DType compute) {
   switch (compute) {
-    case DType::kF32: return ops_of<P, float>();
-    case DType::kBF16: return ops_of<P, BF16>();
-    case DType::kF16: return ops_of<P, F16>();
-    default: return nullptr;
+    case DType::kF32:
+      return ops_of<P, float>();
+    case DType::kBF16:
+      return ops_of<P, BF16>();
+    case DType::kF16:
+      return ops_of<P, F16>();
+    default:
+      return nullptr;
   }
 }
 
 const TileOps* find(DType storage, DType compute) {
   if (compute == DType::kF64) return storage == DType::kF64 ? ops_of<double, double>() : nullptr;
   switch (storage) {
-    case DType::kF32: return ops_of_storage<float>(compute);
-    case DType::kBF16: return ops_of_storage<BF16>(compute);
-    case DType::kF16: return ops_of_storage<F16>(compute);
-    default: return nullptr;
+    case DType::kF32:
+      return ops_of_storage<float>(compute);
+    case DType::kBF16:
+      return ops_of_storage<BF16>(compute);
+    case DType::kF16:
+      return ops_of_storage<F16>(compute);
+    default:
+      return nullptr;
   }
 }
 
@@ -292,9 +304,10 @@ void add_scaled_row(DType acc_type, const void* acc, double scale, void* total, 
   add_scaled<float>(acc, scale, total, n);
 }
 
-// A vector of 64-bit lanes whose low words count. The one intrinsic per width is the multiplication of the low words:
-// written as a product of masked 64-bit numbers, the compiler takes a 64 × 64 multiplication, and drawing takes
-// twice as long (80 against 40 us for 512 × 576 elements on one core with AVX-512).
+// A vector of 64-bit lanes whose low words count. The one intrinsic per width is the multiplication
+// of the low words: written as a product of masked 64-bit numbers, the compiler takes a 64 × 64
+// multiplication, and drawing takes twice as long (80 against 40 us for 512 × 576 elements on one
+// core with AVX-512).
 #if defined(__AVX512F__)
 constexpr int kLanes = 8;
 #elif defined(__AVX2__)
@@ -349,7 +362,8 @@ void draw_strip(uint64_t seed, uint32_t m16, uint32_t c16, int64_t num_blocks, u
     uint32_t word[4][32];
     draw_block(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), m16,
                c16 + static_cast<uint32_t>(b), word);
-    // Lanes 4·(m%8) … +3 of a word hold 8 neighbouring features of row m, low half first: 16 bytes as they lie.
+    // Lanes 4·(m%8) … +3 of a word hold 8 neighbouring features of row m, low half first: 16 bytes
+    // as they lie.
     for (int m = 0; m < 16; ++m) {
       uint16_t* row = draws + m * ld + b * 16;
       __builtin_memcpy(row, &word[m / 8][4 * (m % 8)], 16);
@@ -358,7 +372,8 @@ void draw_strip(uint64_t seed, uint32_t m16, uint32_t c16, int64_t num_blocks, u
   }
 }
 
-// Sums of kSumLength products are added up, rather than one long chain: its rounding error grows with its length.
+// Sums of kSumLength products are added up, rather than one long chain: its rounding error grows
+// with its length.
 constexpr int64_t kSumLength = 32;
 constexpr int64_t kSumColumns = 128;
 

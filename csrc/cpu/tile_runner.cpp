@@ -11,8 +11,8 @@
 namespace rasa::cpu {
 namespace {
 
-constexpr int64_t kAccElements = std::max(kTileRows * kTileColumns, kWgradRows * kWgradColumns);
-constexpr int64_t kOperandElements = std::max(kTileRows * kTileDepth, kWgradDepth * kWgradColumns);
+constexpr int64_t kAccElements = std::max(kTileRows * kTileColumns, kWgradRows* kWgradColumns);
+constexpr int64_t kOperandElements = std::max(kTileRows * kTileDepth, kWgradDepth* kWgradColumns);
 constexpr int64_t kDrawsPerStrip = kDropoutBlock * std::max(kTileDepth, kTileColumns);
 static_assert(kTileDepth % kDropoutBlock == 0 && kTileColumns % kDropoutBlock == 0 &&
                   kWgradColumns % kDropoutBlock == 0 && kTileRows % kDropoutBlock == 0 &&
@@ -48,9 +48,8 @@ char* TileRunner::row(const Matrix& matrix, int64_t i) const {
   for (int32_t b = 0; b < matrix.num_blocks; ++b) {
     const Block& block = program_.blocks[matrix.first_block + b];
     if (i < block.rows) {
-      return block.ptr
-                 ? static_cast<char*>(block.ptr) + i * block.ld * element_size(matrix.dtype)
-                 : nullptr;
+      return block.ptr ? static_cast<char*>(block.ptr) + i * block.ld * element_size(matrix.dtype)
+                       : nullptr;
     }
     i -= block.rows;
   }
@@ -59,20 +58,32 @@ char* TileRunner::row(const Matrix& matrix, int64_t i) const {
 
 double TileRunner::load_scale(const void* scale, int64_t i) const {
   switch (program_.scale_dtype) {
-    case DType::kF64: return static_cast<const double*>(scale)[i];
-    case DType::kF32: return static_cast<const float*>(scale)[i];
-    case DType::kBF16: return static_cast<const c10::BFloat16*>(scale)[i];
-    default: return static_cast<const c10::Half*>(scale)[i];
+    case DType::kF64:
+      return static_cast<const double*>(scale)[i];
+    case DType::kF32:
+      return static_cast<const float*>(scale)[i];
+    case DType::kBF16:
+      return static_cast<const c10::BFloat16*>(scale)[i];
+    default:
+      return static_cast<const c10::Half*>(scale)[i];
   }
 }
 
 void TileRunner::store_scale(void* scale, int64_t i, double value) const {
   const float v = static_cast<float>(value);
   switch (program_.scale_dtype) {
-    case DType::kF64: static_cast<double*>(scale)[i] = value; break;
-    case DType::kF32: static_cast<float*>(scale)[i] = v; break;
-    case DType::kBF16: static_cast<c10::BFloat16*>(scale)[i] = v; break;
-    default: static_cast<c10::Half*>(scale)[i] = v; break;
+    case DType::kF64:
+      static_cast<double*>(scale)[i] = value;
+      break;
+    case DType::kF32:
+      static_cast<float*>(scale)[i] = v;
+      break;
+    case DType::kBF16:
+      static_cast<c10::BFloat16*>(scale)[i] = v;
+      break;
+    default:
+      static_cast<c10::Half*>(scale)[i] = v;
+      break;
   }
 }
 
@@ -91,9 +102,12 @@ int64_t TileRunner::packed_bytes(Layout layout, const Problem& p, const Segment&
 
 int64_t TileRunner::num_pack_jobs(Layout layout, const Problem& p, const Segment& s) const {
   switch (layout) {
-    case Layout::kNT: return ceil_div(p.N, 16) * ceil_div(s.K, kTileDepth);
-    case Layout::kNN: return ceil_div(s.K, 16) * ceil_div(p.N, kTileColumns);
-    default: return ceil_div(s.K, 16);
+    case Layout::kNT:
+      return ceil_div(p.N, 16) * ceil_div(s.K, kTileDepth);
+    case Layout::kNN:
+      return ceil_div(s.K, 16) * ceil_div(p.N, kTileColumns);
+    default:
+      return ceil_div(s.K, 16);
   }
 }
 
@@ -143,8 +157,8 @@ void TileRunner::pack(Layout layout, const Problem& p, const Segment& s, Packed 
     src[num_rows] = data + c0 * size;
   }
   if (layout == Layout::kTN) {
-    ops(matrix.dtype).transpose(src, num_rows, cols, nullptr, packed.data + row0 * compute_size(),
-                                packed.ld);
+    ops(matrix.dtype)
+        .transpose(src, num_rows, cols, nullptr, packed.data + row0 * compute_size(), packed.ld);
     return;
   }
   double scale[kTileDepth];
@@ -195,8 +209,7 @@ void TileRunner::sum_segments(const Problem& p, int64_t rows, int64_t cols, int6
 }
 
 double TileRunner::row_scale(const Problem& p, int64_t m) const {
-  const void* scale_m =
-      p.num_segments == 1 ? program_.segments[p.first_segment].scale_m : nullptr;
+  const void* scale_m = p.num_segments == 1 ? program_.segments[p.first_segment].scale_m : nullptr;
   return scale_m ? load_scale(scale_m, m) : 1.0;
 }
 
@@ -335,15 +348,15 @@ void TileRunner::wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, 
     for (int64_t k0 = 0; k0 < s.K; k0 += kWgradDepth) {
       const int64_t depth = std::min<int64_t>(kWgradDepth, s.K - k0);
       const Tile b = stream_columns(p, s, k0, depth, n0, cols, scratch);
-      // A converted tile is zero up to a multiple of 16 tokens, as packed A is; one read in place ends where it ends.
+      // A converted tile is zero up to a multiple of 16 tokens, as packed A is; one read in place
+      // ends where it ends.
       const bool converted = b.data == scratch.operand;
       const int64_t whole = converted ? round_up(depth, 16) : depth;
       for (int64_t k = 0; k < whole;) {
         const int64_t piece = converted ? whole : largest_piece(whole - k, kWgradDepth);
         tile_gemm(compute_, rows, cols, piece,
                   packed[i].data + (m0 * packed[i].ld + k0 + k) * compute_size(), packed[i].ld,
-                  b.data + k * b.ld * compute_size(), b.ld, out, kWgradColumns,
-                  add || k0 + k > 0);
+                  b.data + k * b.ld * compute_size(), b.ld, out, kWgradColumns, add || k0 + k > 0);
         k += piece;
       }
     }

@@ -1,8 +1,10 @@
-// Runs one tile of a problem: the operands' rows, their packed forms, the dropout draws, the epilogue.
+// Runs one tile of a problem: the operands' rows, their packed forms, the dropout draws, the
+// epilogue.
 //
-// In every form one operand is small, the ranks: it is packed once per call into the layout of the micro-kernels.
-// The other is as long as the batch: it streams through in tiles, in place where the micro-kernel can read it and
-// converted tile by tile in cache where it cannot (dropout, another dtype, rows in pairs).
+// In every form one operand is small, the ranks: it is packed once per call into the layout of the
+// micro-kernels. The other is as long as the batch: it streams through in tiles, in place where the
+// micro-kernel can read it and converted tile by tile in cache where it cannot (dropout, another
+// dtype, rows in pairs).
 #pragma once
 
 #include "../host_device.h"
@@ -10,9 +12,10 @@
 
 namespace rasa::cpu {
 
-// Tile sizes. A row tile's x (64 × 128), s and accumulators stay in the L2 cache; 96 columns × R ranks of a wgrad
-// tile keep the accumulators of one micro-kernel call in registers. The depths are also the longest chains of fp32
-// additions: a sum over K is a sum of such chains, which rounds less than one chain would.
+// Tile sizes. A row tile's x (64 × 128), s and accumulators stay in the L2 cache; 96 columns × R
+// ranks of a wgrad tile keep the accumulators of one micro-kernel call in registers. The depths are
+// also the longest chains of fp32 additions: a sum over K is a sum of such chains, which rounds
+// less than one chain would.
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kTileDepth = 128;
 constexpr int64_t kTileColumns = 512;
@@ -28,10 +31,10 @@ struct Packed {
 
 // One thread's buffers.
 struct Scratch {
-  char* operand;       // the converted tile of the streamed operand
-  char* acc;           // accumulators of the tile
-  char* segment_acc;   // accumulators of one segment, where segments have their own scale_m
-  uint16_t* draws;     // 16 rows of dropout draws
+  char* operand;      // the converted tile of the streamed operand
+  char* acc;          // accumulators of the tile
+  char* segment_acc;  // accumulators of one segment, where segments have their own scale_m
+  uint16_t* draws;    // 16 rows of dropout draws
 };
 
 class TileRunner {
@@ -54,7 +57,8 @@ class TileRunner {
   void row_tile(Layout layout, const Problem& p, const Packed* packed, int64_t m0,
                 const Scratch& scratch) const;
 
-  // Tile (m0, n0) of a TN problem. dots (M), if not null: where this column block's share of row_dot goes.
+  // Tile (m0, n0) of a TN problem. dots (M), if not null: where this column block's share of
+  // row_dot goes.
   void wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, int64_t n0, double* dots,
                   const Scratch& scratch) const;
 
@@ -76,7 +80,8 @@ class TileRunner {
                    int64_t k0, int64_t depth, const Scratch& scratch) const;
   Tile stream_columns(const Problem& p, const Segment& s, int64_t k0, int64_t depth, int64_t n0,
                       int64_t cols, const Scratch& scratch) const;
-  // acc (rows, cols) = Σ segments, scale_m applied where there is more than one; multiply(i, segment, out, add).
+  // acc (rows, cols) = Σ segments, scale_m applied where there is more than one; multiply(i,
+  // segment, out, add).
   template <class Multiply>
   void sum_segments(const Problem& p, int64_t rows, int64_t cols, int64_t m0, char* acc,
                     int64_t ld_acc, bool add, const Scratch& scratch, Multiply multiply) const;
