@@ -1,0 +1,61 @@
+"""PTX text to tokens."""
+
+from __future__ import annotations
+
+import re
+import struct
+from typing import NamedTuple
+
+from .syntax import Immediate, PtxError
+
+_TOKEN = re.compile(
+    r"""
+    (?P<space>[ \t\r]+|//[^\n]*|/\*.*?\*/)
+  | (?P<newline>\n)
+  | (?P<string>"[^"]*")
+  | (?P<number>0[fF][0-9A-Fa-f]{8}|0[dD][0-9A-Fa-f]{16}|0[xX][0-9A-Fa-f]+U?|\d+\.\d+|\d+U?)
+  | (?P<word>[A-Za-z_$%.](?:[\w$.%]|::)*)
+  | (?P<mark>[{}()\[\];,:@!<>=|+\-])
+""",
+    re.X | re.S,
+)
+
+
+class Token(NamedTuple):
+    """One token and its line, counted from 1."""
+
+    kind: str
+    text: str
+    line: int
+
+
+def tokenize(text: str) -> list[Token]:
+    """Split the text; the last token has kind "end"."""
+    tokens, line, position = [], 1, 0
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            raise PtxError(f"PTX line {line}: cannot read {text[position : position + 20]!r}")
+        kind, word = match.lastgroup or "", match.group()
+        position = match.end()
+        if kind in ("newline", "space"):
+            line += word.count("\n")
+        else:
+            tokens.append(Token(kind, word, line))
+    tokens.append(Token("end", "", line))
+    return tokens
+
+
+def parse_number(text: str) -> Immediate:
+    """Read an integer, a decimal float (64-bit) or the bits of a float (0f, 0d)."""
+    text = text.rstrip("U")
+    prefix = text[:2].lower()
+    if prefix == "0f":
+        return Immediate(int(text[2:], 16), 4)
+    if prefix == "0d":
+        return Immediate(int(text[2:], 16), 8)
+    if prefix == "0x":
+        return Immediate(int(text, 16))
+    if "." in text:
+        return Immediate(struct.unpack("<Q", struct.pack("<d", float(text)))[0], 8)
+    return Immediate(int(text, 8) if len(text) > 1 and text[0] == "0" else int(text))
