@@ -1,4 +1,5 @@
-// The C interface that runtime.py calls: buffers, programs, and launches in a child process under a time limit.
+// The C interface that runtime.py calls: buffers, programs, and launches in a child process under a
+// time limit.
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -37,7 +38,8 @@ std::vector<Allocation>& allocations() {
 u64 whole_pages(u64 size) { return (size + kPage - 1) / kPage * kPage; }
 
 void* map_shared(u64 size) {
-  void* p = mmap(nullptr, whole_pages(size), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  void* p =
+      mmap(nullptr, whole_pages(size), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   return p == MAP_FAILED ? nullptr : p;
 }
 
@@ -61,8 +63,8 @@ struct ProgramImage {
   const s64* imms;
   const u8* constants;
   const s32* line_slots;
-  u32 num_ops, num_blocks, num_args, num_imms, num_constant_bytes, num_instructions, num_line_slots, register_bytes,
-      local_bytes, pad;
+  u32 num_ops, num_blocks, num_args, num_imms, num_constant_bytes, num_instructions, num_line_slots,
+      register_bytes, local_bytes, pad;
 };
 
 struct Output {
@@ -93,7 +95,8 @@ static void prepare_buffers(Grid& g, const Output* outputs) {
     buffer.first_sector = g.num_sectors;
     g.num_sectors += (a.size + 31) / 32;
     const u64 shadow_bytes = whole_pages((a.size / 2 + 1) * sizeof(GlobalRecord));
-    void* shadow = mmap(nullptr, 2 * shadow_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* shadow = mmap(nullptr, 2 * shadow_bytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     buffer.writes = static_cast<GlobalRecord*>(shadow);
     buffer.reads = buffer.writes + shadow_bytes / sizeof(GlobalRecord);
     for (u32 i = 0; i < g.shape.num_outputs; ++i) {
@@ -137,7 +140,8 @@ static void copy_results(const Grid& g, const u32* slot_kinds, bool fatal, Resul
     by_kind[slot_kinds[slot]].push_back(slot);
     all.push_back(slot);
   }
-  for (u32 kind = 0; kind < kNumKinds; ++kind) r.unique_by_kind[kind] = count_unique_sectors(g, by_kind[kind]);
+  for (u32 kind = 0; kind < kNumKinds; ++kind)
+    r.unique_by_kind[kind] = count_unique_sectors(g, by_kind[kind]);
   r.unique_by_kind[kNumKinds] = count_unique_sectors(g, all);
   r.num_findings = g.findings.size();
   r.fatal = fatal;
@@ -152,7 +156,8 @@ static void run_launch(Grid& g, const Output* outputs, const u32* slot_kinds, Re
   g.block_lanes.assign(p.blocks.size(), 0);
   g.counts.assign(p.num_instructions + 1, InstructionCount());
   g.touched.assign(p.num_line_slots * ((g.num_sectors + 63) / 64), 0);
-  g.deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(g.options.time_limit_ms);
+  g.deadline =
+      std::chrono::steady_clock::now() + std::chrono::milliseconds(g.options.time_limit_ms);
   bool fatal = false;
   try {
     run_grid(g);
@@ -188,16 +193,18 @@ int ptx_op_index(const char* name) {
 
 u64 ptx_allocate(u64 size) {
   const u64 body = whole_pages(std::max<u64>(size, 1));
-  u8* reserved = static_cast<u8*>(
-      mmap(nullptr, body + 2 * kGap, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  u8* reserved = static_cast<u8*>(mmap(nullptr, body + 2 * kGap, PROT_NONE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (reserved == MAP_FAILED) return 0;
-  void* p = mmap(reserved + kGap, body, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+  void* p = mmap(reserved + kGap, body, PROT_READ | PROT_WRITE,
+                 MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
   if (p == MAP_FAILED) return 0;
   const Allocation a{reinterpret_cast<u64>(p), size};
   auto& list = allocations();
-  list.insert(std::upper_bound(list.begin(), list.end(), a,
-                               [](const Allocation& x, const Allocation& y) { return x.base < y.base; }),
-              a);
+  list.insert(
+      std::upper_bound(list.begin(), list.end(), a,
+                       [](const Allocation& x, const Allocation& y) { return x.base < y.base; }),
+      a);
   return a.base;
 }
 
@@ -205,7 +212,8 @@ void ptx_free(u64 base) {
   auto& list = allocations();
   for (auto it = list.begin(); it != list.end(); ++it) {
     if (it->base != base) continue;
-    munmap(reinterpret_cast<void*>(base - kGap), whole_pages(std::max<u64>(it->size, 1)) + 2 * kGap);
+    munmap(reinterpret_cast<void*>(base - kGap),
+           whole_pages(std::max<u64>(it->size, 1)) + 2 * kGap);
     list.erase(it);
     return;
   }
@@ -224,18 +232,23 @@ Program* ptx_load_program(const ProgramImage* image) {
   p->local_bytes = image->local_bytes;
   for (u32 i = 0; i < image->num_ops; ++i) {
     const EncodedOp& e = image->ops[i];
-    p->ops.push_back({numbered_ops()[e.fn], p->args.data() + e.first_arg, p->imms.data() + e.first_imm, e.guard, e.instruction});
+    p->ops.push_back({numbered_ops()[e.fn], p->args.data() + e.first_arg,
+                      p->imms.data() + e.first_imm, e.guard, e.instruction});
   }
   return p;
 }
 
 void ptx_free_program(Program* p) { delete p; }
 
-int ptx_launch(const Program* program, const Options* options, const LaunchShape* shape, const Output* outputs,
-               const u32* slot_kinds, Results* results) {
+int ptx_launch(const Program* program, const Options* options, const LaunchShape* shape,
+               const Output* outputs, const u32* slot_kinds, Results* results) {
   const u64 num_blocks = program->blocks.size(), num_counts = program->num_instructions + 1;
-  const u64 sizes[] = {8 * num_blocks, 8 * num_blocks, sizeof(InstructionCount) * num_counts,
-                       sizeof(Finding) * (options->max_findings + 8), 8ull * program->num_line_slots + 8, 8 * (kNumKinds + 1)};
+  const u64 sizes[] = {8 * num_blocks,
+                       8 * num_blocks,
+                       sizeof(InstructionCount) * num_counts,
+                       sizeof(Finding) * (options->max_findings + 8),
+                       8ull * program->num_line_slots + 8,
+                       8 * (kNumKinds + 1)};
   u64 total = sizeof(Results);
   for (u64 size : sizes) total += size;
   u8* memory = static_cast<u8*>(map_shared(total));
@@ -245,8 +258,15 @@ int ptx_launch(const Program* program, const Options* options, const LaunchShape
   u8* parts[6];
   u8* next = memory + sizeof(Results);
   for (u32 i = 0; i < 6; next += sizes[i++]) parts[i] = next;
-  *shared = {reinterpret_cast<u64*>(parts[0]), reinterpret_cast<u64*>(parts[1]), reinterpret_cast<InstructionCount*>(parts[2]),
-             reinterpret_cast<Finding*>(parts[3]), reinterpret_cast<u64*>(parts[4]), reinterpret_cast<u64*>(parts[5]), 0, 0, 0};
+  *shared = {reinterpret_cast<u64*>(parts[0]),
+             reinterpret_cast<u64*>(parts[1]),
+             reinterpret_cast<InstructionCount*>(parts[2]),
+             reinterpret_cast<Finding*>(parts[3]),
+             reinterpret_cast<u64*>(parts[4]),
+             reinterpret_cast<u64*>(parts[5]),
+             0,
+             0,
+             0};
   const pid_t child = fork();
   if (child == 0) {
     close(ends[0]);
@@ -260,12 +280,17 @@ int ptx_launch(const Program* program, const Options* options, const LaunchShape
   close(ends[1]);
   // The child's own watchdog ends first and can say where; the margin is for a child that cannot.
   const Outcome outcome =
-      child < 0 ? Outcome::kNoChild : wait_for_child(child, ends[0], static_cast<s64>(options->time_limit_ms) * 2 + 2000);
+      child < 0
+          ? Outcome::kNoChild
+          : wait_for_child(child, ends[0], static_cast<s64>(options->time_limit_ms) * 2 + 2000);
   close(ends[0]);
   if (outcome == Outcome::kEnded) {
-    u8* targets[] = {reinterpret_cast<u8*>(results->block_runs), reinterpret_cast<u8*>(results->block_lanes),
-                     reinterpret_cast<u8*>(results->counts), reinterpret_cast<u8*>(results->findings),
-                     reinterpret_cast<u8*>(results->unique_by_slot), reinterpret_cast<u8*>(results->unique_by_kind)};
+    u8* targets[] = {reinterpret_cast<u8*>(results->block_runs),
+                     reinterpret_cast<u8*>(results->block_lanes),
+                     reinterpret_cast<u8*>(results->counts),
+                     reinterpret_cast<u8*>(results->findings),
+                     reinterpret_cast<u8*>(results->unique_by_slot),
+                     reinterpret_cast<u8*>(results->unique_by_kind)};
     for (u32 i = 0; i < 6; ++i) memcpy(targets[i], parts[i], sizes[i]);
     results->num_findings = shared->num_findings;
     results->fatal = shared->fatal;

@@ -1,4 +1,5 @@
-// Integer and floating-point arithmetic, rounded to nearest even. Directed rounding is in rounding.cpp.
+// Integer and floating-point arithmetic, rounded to nearest even. Directed rounding is in
+// rounding.cpp.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -52,11 +53,14 @@ struct NanMax {
   }
 };
 
-// Division by zero gives all ones, its remainder the dividend: what the hardware's emulation returns.
+// Division by zero gives all ones, its remainder the dividend: what the hardware's emulation
+// returns.
 struct Divide {
   template <class T>
   T operator()(T a, T b) const {
-    return b == 0 ? static_cast<T>(~T(0)) : b == static_cast<T>(~T(0)) && T(-1) < 0 ? static_cast<T>(0 - a) : a / b;
+    return b == 0                                    ? static_cast<T>(~T(0))
+           : b == static_cast<T>(~T(0)) && T(-1) < 0 ? static_cast<T>(0 - a)
+                                                     : a / b;
   }
 };
 struct Remainder {
@@ -94,15 +98,17 @@ template <class T, class Wide>
 void multiply_add_high(Warp& w, const Op& op, u32 mask) {
   const T *a = reg<T>(w, op.arg[1]), *b = reg<T>(w, op.arg[2]), *c = reg<T>(w, op.arg[3]);
   for_elements<1>(reg<T>(w, op.arg[0]), mask, [=](u32 i) {
-    return static_cast<T>((static_cast<Wide>(a[i]) * static_cast<Wide>(b[i]) >> 8 * sizeof(T)) + c[i]);
+    return static_cast<T>((static_cast<Wide>(a[i]) * static_cast<Wide>(b[i]) >> 8 * sizeof(T)) +
+                          c[i]);
   });
 }
 
 template <class T, class Wide>
 void multiply_wide(Warp& w, const Op& op, u32 mask) {
   const T *a = reg<T>(w, op.arg[1]), *b = reg<T>(w, op.arg[2]);
-  for_elements<1>(reg<Wide>(w, op.arg[0]), mask,
-                  [=](u32 i) { return static_cast<Wide>(static_cast<Wide>(a[i]) * static_cast<Wide>(b[i])); });
+  for_elements<1>(reg<Wide>(w, op.arg[0]), mask, [=](u32 i) {
+    return static_cast<Wide>(static_cast<Wide>(a[i]) * static_cast<Wide>(b[i]));
+  });
 }
 
 template <class T, class Wide>
@@ -111,7 +117,8 @@ void multiply_add_wide(Warp& w, const Op& op, u32 mask) {
   const T *a = reg<T>(w, op.arg[1]), *b = reg<T>(w, op.arg[2]);
   const Unsigned* c = reg<Unsigned>(w, op.arg[3]);
   for_elements<1>(reg<Unsigned>(w, op.arg[0]), mask, [=](u32 i) {
-    return static_cast<Unsigned>(static_cast<Unsigned>(static_cast<Wide>(a[i]) * static_cast<Wide>(b[i])) + c[i]);
+    return static_cast<Unsigned>(
+        static_cast<Unsigned>(static_cast<Wide>(a[i]) * static_cast<Wide>(b[i])) + c[i]);
   });
 }
 
@@ -125,7 +132,8 @@ void add_products() {
   }
 }
 
-// Transcendental functions: computed in double and rounded once, where the hardware's .approx is off by a few ulps.
+// Transcendental functions: computed in double and rounded once, where the hardware's .approx is
+// off by a few ulps.
 // clang-format off
 struct Exp2 { double operator()(double x) const { return exp2(x); } };
 struct Log2 { double operator()(double x) const { return log2(x); } };
@@ -141,11 +149,14 @@ struct ReciprocalRoot { double operator()(double x) const { return 1 / sqrt(x); 
 template <class T>
 void flush_subnormals(Warp& w, const Op& op, u32 mask) {
   using Bits = std::conditional_t<sizeof(typename Type<T>::Element) == 4, u32, u16>;
-  constexpr Bits kExponent = std::is_same<T, float>::value ? 0x7f800000 : std::is_same<typename Type<T>::Element, F16>::value ? 0x7c00 : 0x7f80;
+  constexpr Bits kExponent = std::is_same<T, float>::value                         ? 0x7f800000
+                             : std::is_same<typename Type<T>::Element, F16>::value ? 0x7c00
+                                                                                   : 0x7f80;
   constexpr Bits kSign = Bits(1) << (8 * sizeof(Bits) - 1);
   const Bits* a = reg<Bits>(w, op.arg[1]);
-  for_elements<Type<T>::kPerLane>(reg<Bits>(w, op.arg[0]), mask,
-                                  [=](u32 i) { return static_cast<Bits>(a[i] & kExponent ? a[i] : a[i] & kSign); });
+  for_elements<Type<T>::kPerLane>(reg<Bits>(w, op.arg[0]), mask, [=](u32 i) {
+    return static_cast<Bits>(a[i] & kExponent ? a[i] : a[i] & kSign);
+  });
 }
 
 template <class... T>

@@ -10,25 +10,30 @@ void issue_lane(Warp& w, CopyAsync& copy, u32 lane) {
   const u64 target = copy.target[lane], source = copy.source[lane];
   const u32 bytes = copy.bytes, source_bytes = copy.source_bytes[lane];
   if (source_bytes > bytes) {
-    fail(w, Kind::kMisuse, copy.instruction, lane, source_bytes, "cp.async source size %u exceeds %u", source_bytes, bytes);
+    fail(w, Kind::kMisuse, copy.instruction, lane, source_bytes,
+         "cp.async source size %u exceeds %u", source_bytes, bytes);
   }
   const bool target_bad = target & (bytes - 1);
   if (target_bad || (source_bytes && (source & (bytes - 1)))) {
     fail(w, Kind::kMisaligned, copy.instruction, lane, target_bad ? target : source,
-         "cp.async of %u bytes: %s address is not aligned", bytes, target_bad ? "destination" : "source");
+         "cp.async of %u bytes: %s address is not aligned", bytes,
+         target_bad ? "destination" : "source");
   }
   u8* p = shared_bytes(w, copy.instruction, lane, target, bytes, "cp.async");
   const Options& options = w.grid->options;
   if (source_bytes) {
-    GlobalBuffer& buffer = global_buffer(w, copy.instruction, lane, source, source_bytes, "cp.async read");
-    if (options.check_races) global_read(w, lane, buffer, source, source_bytes, copy.instruction, false);
+    GlobalBuffer& buffer =
+        global_buffer(w, copy.instruction, lane, source, source_bytes, "cp.async read");
+    if (options.check_races)
+      global_read(w, lane, buffer, source, source_bytes, copy.instruction, false);
   }
-  if (options.check_races) shared_copy_issue(w, lane, target - kSharedBase, bytes, copy.instruction);
+  if (options.check_races)
+    shared_copy_issue(w, lane, target - kSharedBase, bytes, copy.instruction);
   if (options.poison) memset(p, 0xff, bytes);
 }
 
-// imm: bytes, destination offset, destination base bytes, source offset. arg: destination, source, source size or none.
-// A lane whose ignore-src predicate holds copies nothing: arg[3].
+// imm: bytes, destination offset, destination base bytes, source offset. arg: destination, source,
+// source size or none. A lane whose ignore-src predicate holds copies nothing: arg[3].
 void issue(Warp& w, const Op& op, u32 mask) {
   CopyAsync copy{};
   copy.mask = mask;
@@ -72,7 +77,8 @@ void wait(Warp& w, const Op& op, u32 mask) {
   const s64 pending = op.imm[0];
   for (CopyAsync& copy : w.copies) {
     for_each_lane(copy.mask & mask, [&](u32 lane) {
-      const bool done = pending < 0 || copy.group[lane] <= static_cast<s64>(w.copies_committed[lane]) - pending;
+      const bool done =
+          pending < 0 || copy.group[lane] <= static_cast<s64>(w.copies_committed[lane]) - pending;
       if (done) land_lane(w, copy, lane);
     });
   }

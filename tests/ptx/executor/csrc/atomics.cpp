@@ -8,29 +8,52 @@ namespace ptx {
 namespace {
 
 // Mirrored by memory.py.
-enum class Action : s64 { kAdd, kMin, kMax, kAnd, kOr, kXor, kExchange, kCompareAndSwap, kIncrement, kDecrement };
+enum class Action : s64 {
+  kAdd,
+  kMin,
+  kMax,
+  kAnd,
+  kOr,
+  kXor,
+  kExchange,
+  kCompareAndSwap,
+  kIncrement,
+  kDecrement
+};
 
 template <class T>
 T apply_integer(Action action, T old, T b, T c) {
   using U = std::make_unsigned_t<T>;
   switch (action) {
-    case Action::kAdd: return static_cast<T>(static_cast<U>(old) + static_cast<U>(b));
-    case Action::kMin: return std::min(old, b);
-    case Action::kMax: return std::max(old, b);
-    case Action::kAnd: return old & b;
-    case Action::kOr: return old | b;
-    case Action::kXor: return old ^ b;
-    case Action::kExchange: return b;
-    case Action::kCompareAndSwap: return old == b ? c : old;
-    case Action::kIncrement: return old >= b ? 0 : old + 1;
-    case Action::kDecrement: return old == 0 || old > b ? b : old - 1;
+    case Action::kAdd:
+      return static_cast<T>(static_cast<U>(old) + static_cast<U>(b));
+    case Action::kMin:
+      return std::min(old, b);
+    case Action::kMax:
+      return std::max(old, b);
+    case Action::kAnd:
+      return old & b;
+    case Action::kOr:
+      return old | b;
+    case Action::kXor:
+      return old ^ b;
+    case Action::kExchange:
+      return b;
+    case Action::kCompareAndSwap:
+      return old == b ? c : old;
+    case Action::kIncrement:
+      return old >= b ? 0 : old + 1;
+    case Action::kDecrement:
+      return old == 0 || old > b ? b : old - 1;
   }
   return old;
 }
 
 template <class F>
 F apply_float(Action action, F old, F b) {
-  return action == Action::kAdd ? old + b : action == Action::kMin ? std::min(old, b) : std::max(old, b);
+  return action == Action::kAdd   ? old + b
+         : action == Action::kMin ? std::min(old, b)
+                                  : std::max(old, b);
 }
 
 template <class T>
@@ -68,8 +91,8 @@ void half_atomic(u8* p, Action action, const u8* b, const u8*, u8* result) {
 
 using AtomicFn = void (*)(u8* p, Action action, const u8* b, const u8* c, u8* result);
 
-void check_atomic(Warp& w, u32 lane, const Place& place, u32 bytes, u32 instruction, Order order, bool gpu_scope,
-                  bool returns) {
+void check_atomic(Warp& w, u32 lane, const Place& place, u32 bytes, u32 instruction, Order order,
+                  bool gpu_scope, bool returns) {
   if (place.space == Space::kShared) {
     shared_atomic(w, lane, place.address - kSharedBase, bytes, instruction);
   } else if (place.buffer) {

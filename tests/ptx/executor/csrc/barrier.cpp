@@ -21,19 +21,22 @@ void open_barrier(Block& b, u32 number) {
   ++b.progress;
 }
 
-// Checks the use of a barrier and returns how many warps it waits for. arg: number, thread count or none.
+// Checks the use of a barrier and returns how many warps it waits for. arg: number, thread count or
+// none.
 u32 expected_warps(Warp& w, const Op& op, u32 mask, u32 number, u32 threads) {
-  if (number >= kNumBarriers) fail(w, Kind::kMisuse, op.instruction, 0, number, "barrier number %u", number);
+  if (number >= kNumBarriers)
+    fail(w, Kind::kMisuse, op.instruction, 0, number, "barrier number %u", number);
   if (mask != w.live) {
     fail(w, Kind::kDivergent, op.instruction, lowest_lane(w.live & ~mask), 0,
          "barrier executed by a part of the warp (mask %08x of %08x)", mask, w.live);
   }
   if (mask != w.born) {
-    report(w, Kind::kDivergent, op.instruction, lowest_lane(w.born & ~mask), number, -1, kNobody, kNobody,
-           "lanes of this warp have exited before the barrier");
+    report(w, Kind::kDivergent, op.instruction, lowest_lane(w.born & ~mask), number, -1, kNobody,
+           kNobody, "lanes of this warp have exited before the barrier");
   }
   if (threads % kWarpSize) {
-    fail(w, Kind::kMisuse, op.instruction, 0, threads, "barrier count %u is no multiple of 32", threads);
+    fail(w, Kind::kMisuse, op.instruction, 0, threads, "barrier count %u is no multiple of 32",
+         threads);
   }
   return threads ? threads / kWarpSize : warps_alive(*w.block);
 }
@@ -78,7 +81,8 @@ void release_barriers_of_exited_warp(Warp& w) {
   const u32 alive = warps_alive(b);
   for (u32 number = 0; number < kNumBarriers; ++number) {
     const Barrier& barrier = b.barriers[number];
-    if (barrier.arrived && barrier.expected > alive && barrier.arrived >= alive) open_barrier(b, number);
+    if (barrier.arrived && barrier.expected > alive && barrier.arrived >= alive)
+      open_barrier(b, number);
   }
 }
 

@@ -10,8 +10,9 @@ template <class T>
 void shift_left(Warp& w, const Op& op, u32 mask) {
   const T* a = reg<T>(w, op.arg[1]);
   const u32* by = reg<u32>(w, op.arg[2]);
-  for_elements<1>(reg<T>(w, op.arg[0]), mask,
-                  [=](u32 i) { return static_cast<T>(by[i] >= 8 * sizeof(T) ? 0 : a[i] << by[i]); });
+  for_elements<1>(reg<T>(w, op.arg[0]), mask, [=](u32 i) {
+    return static_cast<T>(by[i] >= 8 * sizeof(T) ? 0 : a[i] << by[i]);
+  });
 }
 
 template <class T>
@@ -27,7 +28,8 @@ void shift_right(Warp& w, const Op& op, u32 mask) {
 
 // imm[0]: left; imm[1]: clamp the shift to 32 instead of wrapping it.
 void funnel_shift(Warp& w, const Op& op, u32 mask) {
-  const u32 *low = reg<u32>(w, op.arg[1]), *high = reg<u32>(w, op.arg[2]), *by = reg<u32>(w, op.arg[3]);
+  const u32 *low = reg<u32>(w, op.arg[1]), *high = reg<u32>(w, op.arg[2]),
+            *by = reg<u32>(w, op.arg[3]);
   const bool left = op.imm[0], clamp = op.imm[1];
   for_elements<1>(reg<u32>(w, op.arg[0]), mask, [=](u32 i) {
     const u32 n = clamp ? std::min(by[i], 32u) : by[i] & 31;
@@ -44,14 +46,16 @@ void logic3(Warp& w, const Op& op, u32 mask) {
   for (u32 i = 0; i < 8; ++i) row[i] = table >> i & 1 ? ~0u : 0;
   for_elements<1>(reg<u32>(w, op.arg[0]), mask, [=](u32 i) {
     const u32 x = a[i], y = b[i], z = c[i];
-    return (row[0] & ~x & ~y & ~z) | (row[1] & ~x & ~y & z) | (row[2] & ~x & y & ~z) | (row[3] & ~x & y & z) |
-           (row[4] & x & ~y & ~z) | (row[5] & x & ~y & z) | (row[6] & x & y & ~z) | (row[7] & x & y & z);
+    return (row[0] & ~x & ~y & ~z) | (row[1] & ~x & ~y & z) | (row[2] & ~x & y & ~z) |
+           (row[3] & ~x & y & z) | (row[4] & x & ~y & ~z) | (row[5] & x & ~y & z) |
+           (row[6] & x & y & ~z) | (row[7] & x & y & z);
   });
 }
 
 // Selector nibble: byte 0-3 of a, 4-7 of b; bit 3 replicates the byte's sign.
 void permute_bytes(Warp& w, const Op& op, u32 mask) {
-  const u32 *a = reg<u32>(w, op.arg[1]), *b = reg<u32>(w, op.arg[2]), *selector = reg<u32>(w, op.arg[3]);
+  const u32 *a = reg<u32>(w, op.arg[1]), *b = reg<u32>(w, op.arg[2]),
+            *selector = reg<u32>(w, op.arg[3]);
   for_elements<1>(reg<u32>(w, op.arg[0]), mask, [=](u32 i) {
     const u64 both = static_cast<u64>(b[i]) << 32 | a[i];
     u32 result = 0;
@@ -77,7 +81,8 @@ void extract_field(Warp& w, const Op& op, u32 mask) {
     const U field = p >= kBits ? (a[i] < 0 ? ~U(0) : U(0)) : static_cast<U>(a[i] >> p);
     if (n >= kBits) return field;
     const U low = (U(1) << n) - 1;
-    const bool sign = std::is_signed<T>::value && static_cast<U>(a[i]) >> std::min(p + n - 1, kBits - 1) & 1;
+    const bool sign =
+        std::is_signed<T>::value && static_cast<U>(a[i]) >> std::min(p + n - 1, kBits - 1) & 1;
     return sign ? field | ~low : field & low;
   });
 }
@@ -130,7 +135,8 @@ template <class Wide, class Part>  // imm[0]: shift in bits
 void unpack(Warp& w, const Op& op, u32 mask) {
   const Wide* a = reg<Wide>(w, op.arg[1]);
   const u32 shift = op.imm[0];
-  for_elements<1>(reg<Part>(w, op.arg[0]), mask, [=](u32 i) { return static_cast<Part>(a[i] >> shift); });
+  for_elements<1>(reg<Part>(w, op.arg[0]), mask,
+                  [=](u32 i) { return static_cast<Part>(a[i] >> shift); });
 }
 
 void pack4(Warp& w, const Op& op, u32 mask) {

@@ -1,4 +1,5 @@
-// cp.async.bulk and TMA through an emulated tensor map (tensor_map.py), and the proxy fence that they need.
+// cp.async.bulk and TMA through an emulated tensor map (tensor_map.py), and the proxy fence that
+// they need.
 #include <algorithm>
 
 #include "grid.h"
@@ -19,11 +20,13 @@ struct __attribute__((packed)) TensorMap {
 constexpr u32 kMagic = 0x4d545850;
 
 const TensorMap& tensor_map_at(Warp& w, u32 instruction, u32 lane, u64 address) {
-  if (address & 63) fail(w, Kind::kMisaligned, instruction, lane, address, "tensor map is not aligned to 64 bytes");
+  if (address & 63)
+    fail(w, Kind::kMisaligned, instruction, lane, address, "tensor map is not aligned to 64 bytes");
   w.address[lane] = address;
   const Place place = resolve(w, instruction, Space::kGeneric, lane, 64, "tensor map");
   const auto* map = reinterpret_cast<const TensorMap*>(place.bytes);
-  if (map->magic != kMagic) fail(w, Kind::kMisuse, instruction, lane, address, "operand is no tensor map");
+  if (map->magic != kMagic)
+    fail(w, Kind::kMisuse, instruction, lane, address, "operand is no tensor map");
   return *map;
 }
 
@@ -33,7 +36,8 @@ u32 box_bytes(const TensorMap& map) {
   return bytes;
 }
 
-// The bytes of a row of the box that lie inside the tensor: [low, high) of the row, and where the row starts in memory.
+// The bytes of a row of the box that lie inside the tensor: [low, high) of the row, and where the
+// row starts in memory.
 struct BoxRow {
   u32 shared, bytes, low, high;
   u64 global;
@@ -65,7 +69,8 @@ void for_each_row(const TensorMap& map, u32 shared, const s32* c, F f) {
   }
 }
 
-// Copies the inside of a row between its swizzled 16-byte chunks and memory. Byte i of the row is at shared_at(i).
+// Copies the inside of a row between its swizzled 16-byte chunks and memory. Byte i of the row is
+// at shared_at(i).
 template <class F>
 void for_each_chunk(const TensorMap& map, const BoxRow& row, F f) {
   for (u32 b = 0; b < row.bytes; b += 16) {
@@ -75,8 +80,12 @@ void for_each_chunk(const TensorMap& map, const BoxRow& row, F f) {
 }
 
 void check_box(Warp& w, const Op& op, u32 lane, const TensorMap& map, u32 rank, u32 shared) {
-  if (map.rank != rank) fail(w, Kind::kMisuse, op.instruction, lane, 0, "tensor map of rank %u used as %u", map.rank, rank);
-  if (shared & 127) fail(w, Kind::kMisaligned, op.instruction, lane, shared, "TMA shared address is %u mod 128", shared & 127);
+  if (map.rank != rank)
+    fail(w, Kind::kMisuse, op.instruction, lane, 0, "tensor map of rank %u used as %u", map.rank,
+         rank);
+  if (shared & 127)
+    fail(w, Kind::kMisaligned, op.instruction, lane, shared, "TMA shared address is %u mod 128",
+         shared & 127);
   if (static_cast<Swizzle>(map.swizzle) == Swizzle::k128B && (shared & 1023)) {
     report(w, Kind::kMisaligned, op.instruction, lane, shared, -1, kNobody, kNobody,
            "TMA box with 128-byte swizzle does not start at a multiple of 1024");
@@ -86,8 +95,10 @@ void check_box(Warp& w, const Op& op, u32 lane, const TensorMap& map, u32 rank, 
 
 void start_load(Warp& w, const BulkCopy& copy) {
   const Options& options = w.grid->options;
-  if (options.check_races) shared_copy_issue(w, copy.lane, copy.shared - kSharedBase, copy.bytes, copy.instruction);
-  if (options.poison) memset(w.block->shared.data() + (copy.shared - kSharedBase), 0xff, copy.bytes);
+  if (options.check_races)
+    shared_copy_issue(w, copy.lane, copy.shared - kSharedBase, copy.bytes, copy.instruction);
+  if (options.poison)
+    memset(w.block->shared.data() + (copy.shared - kSharedBase), 0xff, copy.bytes);
   w.block->bulk_copies.push_back(copy);
   ++w.grid->counts[copy.instruction].global_requests;
 }
@@ -108,7 +119,8 @@ void tensor_copy(Warp& w, const Op& op, u32 mask) {
   const u32 rank = op.imm[0];
   const bool is_load = op.arg[2] != kNoOperand;
   for_each_lane(mask, [&](u32 lane) {
-    BulkCopy copy = make_copy(w, op, is_load ? BulkKind::kTensorLoad : BulkKind::kTensorStore, lane);
+    BulkCopy copy =
+        make_copy(w, op, is_load ? BulkKind::kTensorLoad : BulkKind::kTensorStore, lane);
     copy.shared = reg<u32>(w, op.arg[0])[lane] + op.imm[3];
     copy.tensor_map = reg<u64>(w, op.arg[1])[lane] + op.imm[1];
     const TensorMap& map = tensor_map_at(w, op.instruction, lane, copy.tensor_map);
@@ -149,7 +161,8 @@ void linear_load(Warp& w, const Op& op, u32 mask) {
 
 void read_run(Warp& w, const BulkCopy& copy, u64 address, u32 bytes) {
   GlobalBuffer& buffer = global_buffer(w, copy.instruction, copy.lane, address, bytes, "bulk load");
-  if (w.grid->options.check_races) global_read(w, copy.lane, buffer, address, bytes, copy.instruction, false);
+  if (w.grid->options.check_races)
+    global_read(w, copy.lane, buffer, address, bytes, copy.instruction, false);
   if (w.grid->options.count) count_global_run(w, copy.instruction, buffer, address, bytes);
 }
 
@@ -162,10 +175,12 @@ void land_store(Warp& w, const BulkCopy& copy) {
     const u32 bytes = row.high - row.low;
     GlobalBuffer& buffer = global_buffer(w, copy.instruction, copy.lane, first, bytes, "TMA store");
     store_once(w, copy.instruction, copy.lane, buffer, first, bytes);
-    if (w.grid->options.check_races) global_write(w, copy.lane, buffer, first, bytes, copy.instruction, false);
+    if (w.grid->options.check_races)
+      global_write(w, copy.lane, buffer, first, bytes, copy.instruction, false);
     if (w.grid->options.count) count_global_run(w, copy.instruction, buffer, first, bytes);
     for_each_chunk(map, row, [&](u32 chunk, u32 b, u32 low, u32 high) {
-      if (high > low) memcpy(reinterpret_cast<u8*>(row.global + low), shared + chunk + (low - b), high - low);
+      if (high > low)
+        memcpy(reinterpret_cast<u8*>(row.global + low), shared + chunk + (low - b), high - low);
     });
   });
   if (w.grid->options.check_races) shared_async_read_end(w, copy.shared - kSharedBase, copy.bytes);
@@ -178,7 +193,9 @@ void land_tensor_load(Warp& w, const BulkCopy& copy) {
     if (row.high > row.low) read_run(w, copy, row.global + row.low, row.high - row.low);
     for_each_chunk(map, row, [&](u32 chunk, u32 b, u32 low, u32 high) {
       memset(shared + chunk, 0, std::min(16u, row.bytes - b));
-      if (high > low) memcpy(shared + chunk + (low - b), reinterpret_cast<const u8*>(row.global + low), high - low);
+      if (high > low)
+        memcpy(shared + chunk + (low - b), reinterpret_cast<const u8*>(row.global + low),
+               high - low);
     });
   });
 }
@@ -194,9 +211,11 @@ void land(Block& b, size_t which) {
     land_tensor_load(w, copy);
   } else {
     read_run(w, copy, copy.global, copy.bytes);
-    memcpy(b.shared.data() + (copy.shared - kSharedBase), reinterpret_cast<const u8*>(copy.global), copy.bytes);
+    memcpy(b.shared.data() + (copy.shared - kSharedBase), reinterpret_cast<const u8*>(copy.global),
+           copy.bytes);
   }
-  if (w.grid->options.check_races) shared_bulk_land(b, copy.shared - kSharedBase, copy.bytes, copy.instruction);
+  if (w.grid->options.check_races)
+    shared_bulk_land(b, copy.shared - kSharedBase, copy.bytes, copy.instruction);
   MBarrier& barrier = mbarrier_at(w, copy.instruction, copy.lane, copy.mbarrier);
   barrier.transactions -= copy.bytes;
   barrier.clock.local[kCopyAgent] = b.copy_clock;
@@ -212,7 +231,8 @@ void wait(Warp& w, const Op& op, u32 mask) {
   Block& b = *w.block;
   for (size_t k = 0; k < b.bulk_copies.size();) {
     const BulkCopy& copy = b.bulk_copies[k];
-    const bool mine = copy.kind == BulkKind::kTensorStore && copy.warp == w.index && (mask >> copy.lane & 1);
+    const bool mine =
+        copy.kind == BulkKind::kTensorStore && copy.warp == w.index && (mask >> copy.lane & 1);
     if (mine && copy.group <= static_cast<s64>(w.bulk_committed[copy.lane]) - op.imm[0]) {
       land(b, k);
     } else {
@@ -221,8 +241,8 @@ void wait(Warp& w, const Op& op, u32 mask) {
   }
 }
 
-// Covers every write that is ordered before it: the warp's own, and those that it knows of through barriers. A fence by
-// some of the lanes does not cover what the others have just written.
+// Covers every write that is ordered before it: the warp's own, and those that it knows of through
+// barriers. A fence by some of the lanes does not cover what the others have just written.
 void proxy_fence(Warp& w, const Op&, u32 mask) {
   for (u32 slot = 0; slot < kClockSlots; ++slot) {
     const u32 own_part = slot == w.index && mask != w.live;

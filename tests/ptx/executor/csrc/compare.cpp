@@ -26,10 +26,14 @@ enum class Combine : s64 { kNone, kAnd, kOr, kXor };
 
 u32 combine(u32 lanes, Combine how, u32 with) {
   switch (how) {
-    case Combine::kAnd: return lanes & with;
-    case Combine::kOr: return lanes | with;
-    case Combine::kXor: return lanes ^ with;
-    case Combine::kNone: return lanes;
+    case Combine::kAnd:
+      return lanes & with;
+    case Combine::kOr:
+      return lanes | with;
+    case Combine::kXor:
+      return lanes ^ with;
+    case Combine::kNone:
+      return lanes;
   }
   return lanes;
 }
@@ -47,7 +51,8 @@ u32 compare_lanes(Warp& w, const Op& op, u32 a_arg, u32 half) {
   return lanes;
 }
 
-// arg: p, q, a, b, c. Scalar: p = cmp, q = !cmp. Packed: p from the low halves, q from the high ones. imm[0]: Combine.
+// arg: p, q, a, b, c. Scalar: p = cmp, q = !cmp. Packed: p from the low halves, q from the high
+// ones. imm[0]: Combine.
 template <class T, class F>
 void set_predicates(Warp& w, const Op& op, u32 mask) {
   const Combine how = static_cast<Combine>(op.imm[0]);
@@ -122,8 +127,12 @@ void or_predicate(Warp& w, const Op& op, u32 mask) {
 void xor_predicate(Warp& w, const Op& op, u32 mask) {
   set_predicate(w, op.arg[0], predicate(w, op.arg[1]) ^ predicate(w, op.arg[2]), mask);
 }
-void not_predicate(Warp& w, const Op& op, u32 mask) { set_predicate(w, op.arg[0], ~predicate(w, op.arg[1]), mask); }
-void move_predicate(Warp& w, const Op& op, u32 mask) { set_predicate(w, op.arg[0], predicate(w, op.arg[1]), mask); }
+void not_predicate(Warp& w, const Op& op, u32 mask) {
+  set_predicate(w, op.arg[0], ~predicate(w, op.arg[1]), mask);
+}
+void move_predicate(Warp& w, const Op& op, u32 mask) {
+  set_predicate(w, op.arg[0], predicate(w, op.arg[1]), mask);
+}
 
 const bool registered = [] {
   add_ordered<Eq>("eq");

@@ -11,14 +11,16 @@ inline u64 extend(u64 x, u32 bits, bool is_signed) {
   return is_signed ? static_cast<u64>(static_cast<s64>(x << up) >> up) : x << up >> up;
 }
 
-// imm: source bits, source signed, destination bits, destination signed. A register may be wider than its type.
+// imm: source bits, source signed, destination bits, destination signed. A register may be wider
+// than its type.
 template <class D, class S>
 void integer_to_integer(Warp& w, const Op& op, u32 mask) {
   const S* a = reg<S>(w, op.arg[1]);
   const u32 source_bits = op.imm[0], target_bits = op.imm[2];
   const bool source_signed = op.imm[1], target_signed = op.imm[3];
   for_elements<1>(reg<D>(w, op.arg[0]), mask, [=](u32 i) {
-    return static_cast<D>(extend(extend(a[i], source_bits, source_signed), target_bits, target_signed));
+    return static_cast<D>(
+        extend(extend(a[i], source_bits, source_signed), target_bits, target_signed));
   });
 }
 
@@ -40,15 +42,20 @@ enum class ToInteger : s64 { kNearest, kZero, kDown, kUp };
 
 inline double round_to_integer(double x, ToInteger how) {
   switch (how) {
-    case ToInteger::kNearest: return rint(x);
-    case ToInteger::kZero: return trunc(x);
-    case ToInteger::kDown: return floor(x);
-    case ToInteger::kUp: return ceil(x);
+    case ToInteger::kNearest:
+      return rint(x);
+    case ToInteger::kZero:
+      return trunc(x);
+    case ToInteger::kDown:
+      return floor(x);
+    case ToInteger::kUp:
+      return ceil(x);
   }
   return x;
 }
 
-// Clamps to the destination's range; NaN gives 0. imm: rounding, destination bits, destination signed.
+// Clamps to the destination's range; NaN gives 0. imm: rounding, destination bits, destination
+// signed.
 template <class D, class F>
 void float_to_integer(Warp& w, const Op& op, u32 mask) {
   using E = typename Type<F>::Element;
@@ -57,14 +64,20 @@ void float_to_integer(Warp& w, const Op& op, u32 mask) {
   const ToInteger how = static_cast<ToInteger>(op.imm[0]);
   const u32 bits = op.imm[1];
   const bool is_signed = op.imm[2];
-  const double low = is_signed ? -ldexp(1.0, bits - 1) : 0, above = ldexp(1.0, is_signed ? bits - 1 : bits);
+  const double low = is_signed ? -ldexp(1.0, bits - 1) : 0,
+               above = ldexp(1.0, is_signed ? bits - 1 : bits);
   const u64 top = ~0ull >> (64 - bits + is_signed);
   for_each_lane(mask, [&](u32 lane) {
     const double x = round_to_integer(Type<F>::widen(a[lane]), how);
-    if (x != x) d[lane] = 0;
-    else if (x >= above) d[lane] = static_cast<D>(top);
-    else if (x <= low) d[lane] = static_cast<D>(is_signed ? ~top : 0);
-    else d[lane] = static_cast<D>(is_signed ? static_cast<u64>(static_cast<s64>(x)) : static_cast<u64>(x));
+    if (x != x)
+      d[lane] = 0;
+    else if (x >= above)
+      d[lane] = static_cast<D>(top);
+    else if (x <= low)
+      d[lane] = static_cast<D>(is_signed ? ~top : 0);
+    else
+      d[lane] =
+          static_cast<D>(is_signed ? static_cast<u64>(static_cast<s64>(x)) : static_cast<u64>(x));
   });
 }
 
@@ -72,7 +85,8 @@ template <class F>  // imm[0]: ToInteger
 void round_float(Warp& w, const Op& op, u32 mask) {
   const F* a = reg<F>(w, op.arg[1]);
   const ToInteger how = static_cast<ToInteger>(op.imm[0]);
-  for_elements<1>(reg<F>(w, op.arg[0]), mask, [=](u32 i) { return static_cast<F>(round_to_integer(a[i], how)); });
+  for_elements<1>(reg<F>(w, op.arg[0]), mask,
+                  [=](u32 i) { return static_cast<F>(round_to_integer(a[i], how)); });
 }
 
 template <class D, class S>
@@ -80,13 +94,15 @@ void float_to_float(Warp& w, const Op& op, u32 mask) {
   using DE = typename Type<D>::Element;
   using SE = typename Type<S>::Element;
   const SE* a = reg<SE>(w, op.arg[1]);
-  for_elements<1>(reg<DE>(w, op.arg[0]), mask, [=](u32 i) { return Type<D>::from(Type<S>::widen(a[i])); });
+  for_elements<1>(reg<DE>(w, op.arg[0]), mask,
+                  [=](u32 i) { return Type<D>::from(Type<S>::widen(a[i])); });
 }
 
 template <class H>
 void float_to_half_relu(Warp& w, const Op& op, u32 mask) {
   const float* a = reg<float>(w, op.arg[1]);
-  for_elements<1>(reg<H>(w, op.arg[0]), mask, [=](u32 i) { return narrow<H>(a[i] < 0 ? 0.f : a[i]); });
+  for_elements<1>(reg<H>(w, op.arg[0]), mask,
+                  [=](u32 i) { return narrow<H>(a[i] < 0 ? 0.f : a[i]); });
 }
 
 // d = {high: arg[1], low: arg[2]}; imm[0]: relu
@@ -115,8 +131,9 @@ void convert_address(Warp& w, const Op& op, u32 mask) {
   const u64* a = reg<u64>(w, op.arg[1]);
   const u64 window = op.imm[0];
   const bool to_space = op.imm[1];
-  for_elements<1>(reg<u64>(w, op.arg[0]), mask,
-                  [=](u32 i) { return !window ? a[i] : to_space ? a[i] & ~kWindowMask : a[i] | window; });
+  for_elements<1>(reg<u64>(w, op.arg[0]), mask, [=](u32 i) {
+    return !window ? a[i] : to_space ? a[i] & ~kWindowMask : a[i] | window;
+  });
 }
 
 template <class S>

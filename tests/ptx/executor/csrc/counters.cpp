@@ -1,4 +1,5 @@
-// Traffic: 32-byte sectors of global memory, per access and unique; wavefronts of shared memory against the ideal.
+// Traffic: 32-byte sectors of global memory, per access and unique; wavefronts of shared memory
+// against the ideal.
 #include <algorithm>
 
 #include "grid.h"
@@ -18,7 +19,8 @@ void touch(Grid& g, u32 instruction, u64 sector) {
 
 }  // namespace
 
-// One access of a warp: the sectors its active lanes touch, each counted once. bytes[lane] may be 0.
+// One access of a warp: the sectors its active lanes touch, each counted once. bytes[lane] may be
+// 0.
 void count_global(Warp& w, u32 instruction, u32 mask, const u64* addresses, const u32* bytes) {
   Grid& g = *w.grid;
   InstructionCount& count = g.counts[instruction];
@@ -33,7 +35,8 @@ void count_global(Warp& w, u32 instruction, u32 mask, const u64* addresses, cons
       for (u32 i = num_seen; i-- > 0 && is_new;) is_new = seen[i] != sector;
       if (!is_new) continue;
       seen[num_seen++] = sector;
-      const GlobalBuffer& buffer = global_buffer(w, instruction, lane, addresses[lane], bytes[lane], "access");
+      const GlobalBuffer& buffer =
+          global_buffer(w, instruction, lane, addresses[lane], bytes[lane], "access");
       touch(g, instruction, buffer.first_sector + sector - (buffer.base >> kSectorShift));
     }
   });
@@ -47,11 +50,12 @@ void count_global_run(Warp& w, u32 instruction, GlobalBuffer& buffer, u64 addres
   const u64 first = address >> kSectorShift, last = (address + bytes - 1) >> kSectorShift;
   g.counts[instruction].global_bytes += bytes;
   g.counts[instruction].sectors += last - first + 1;
-  for (u64 s = first; s <= last; ++s) touch(g, instruction, buffer.first_sector + s - (buffer.base >> kSectorShift));
+  for (u64 s = first; s <= last; ++s)
+    touch(g, instruction, buffer.first_sector + s - (buffer.base >> kSectorShift));
 }
 
-// Lanes are served 32 at a time for up to 4 bytes, 16 for 8, 8 for 16; each group takes as many wavefronts as its most
-// loaded bank has different words. The ideal moves 32 words per wavefront.
+// Lanes are served 32 at a time for up to 4 bytes, 16 for 8, 8 for 16; each group takes as many
+// wavefronts as its most loaded bank has different words. The ideal moves 32 words per wavefront.
 void count_shared(Warp& w, u32 instruction, u32 mask, u32 bytes, const u64* addresses) {
   const u32 group = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
   u32 wavefronts = 0, words = 0;

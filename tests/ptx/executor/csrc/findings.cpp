@@ -1,4 +1,5 @@
-// Reporting: one finding per kind and pair of instructions, with the first occurrence's thread and address.
+// Reporting: one finding per kind and pair of instructions, with the first occurrence's thread and
+// address.
 #include <stdio.h>
 
 #include "grid.h"
@@ -20,8 +21,8 @@ static Finding make_finding(const Warp& w, Kind kind, s32 instruction, u32 lane,
   return f;
 }
 
-void report(Warp& w, Kind kind, u32 instruction, u32 lane, u64 address, s32 other_instruction, u32 other_thread,
-            u32 other_block, const char* message) {
+void report(Warp& w, Kind kind, u32 instruction, u32 lane, u64 address, s32 other_instruction,
+            u32 other_thread, u32 other_block, const char* message) {
   Grid& g = *w.grid;
   for (Finding& f : g.findings) {
     if (f.kind == static_cast<s32>(kind) && f.instruction == static_cast<s32>(instruction) &&
@@ -50,8 +51,8 @@ void fail(Warp& w, Kind kind, s32 instruction, u32 lane, u64 address, const char
 
 void require_full_warp(Warp& w, const Op& op, u32 mask, const char* what) {
   if (mask == kFullMask) return;
-  fail(w, Kind::kDivergent, op.instruction, lowest_lane(~mask), 0, "%s executed without all 32 lanes (mask %08x)", what,
-       mask);
+  fail(w, Kind::kDivergent, op.instruction, lowest_lane(~mask), 0,
+       "%s executed without all 32 lanes (mask %08x)", what, mask);
 }
 
 }  // namespace ptx

@@ -1,5 +1,5 @@
-// Matrix fragments of tensor-core instructions. Products are summed in float in the order of k, then added to C: the
-// hardware's order and intermediate precision are not specified.
+// Matrix fragments of tensor-core instructions. Products are summed in float in the order of k,
+// then added to C: the hardware's order and intermediate precision are not specified.
 #pragma once
 #include "half.h"
 
@@ -37,16 +37,22 @@ inline float element(u32 word, u32 i) {
 
 inline float element(MmaType type, u32 word, u32 i) {
   switch (type) {
-    case MmaType::kF16: return element<MmaType::kF16>(word, i);
-    case MmaType::kBF16: return element<MmaType::kBF16>(word, i);
-    case MmaType::kTF32: return element<MmaType::kTF32>(word, i);
-    case MmaType::kE4M3: return element<MmaType::kE4M3>(word, i);
-    case MmaType::kE5M2: return element<MmaType::kE5M2>(word, i);
+    case MmaType::kF16:
+      return element<MmaType::kF16>(word, i);
+    case MmaType::kBF16:
+      return element<MmaType::kBF16>(word, i);
+    case MmaType::kTF32:
+      return element<MmaType::kTF32>(word, i);
+    case MmaType::kE4M3:
+      return element<MmaType::kE4M3>(word, i);
+    case MmaType::kE5M2:
+      return element<MmaType::kE5M2>(word, i);
   }
   return NAN;
 }
 
-// A (16,K): register r of lane l holds row l/4 + 8 (r%2), columns (l%4) E .. + 4 E (r/2), E elements each. Filled as A^T (K,16).
+// A (16,K): register r of lane l holds row l/4 + 8 (r%2), columns (l%4) E .. + 4 E (r/2), E
+// elements each. Filled as A^T (K,16).
 template <MmaType kType>
 void read_fragment_a(const u32* const* a, u32 K, float (*At)[16]) {
   constexpr u32 E = elements_per_word(kType);
@@ -62,11 +68,16 @@ void read_fragment_a(const u32* const* a, u32 K, float (*At)[16]) {
 
 inline void read_fragment_a(MmaType type, const u32* const* a, u32 K, float (*At)[16]) {
   switch (type) {
-    case MmaType::kF16: return read_fragment_a<MmaType::kF16>(a, K, At);
-    case MmaType::kBF16: return read_fragment_a<MmaType::kBF16>(a, K, At);
-    case MmaType::kTF32: return read_fragment_a<MmaType::kTF32>(a, K, At);
-    case MmaType::kE4M3: return read_fragment_a<MmaType::kE4M3>(a, K, At);
-    case MmaType::kE5M2: return read_fragment_a<MmaType::kE5M2>(a, K, At);
+    case MmaType::kF16:
+      return read_fragment_a<MmaType::kF16>(a, K, At);
+    case MmaType::kBF16:
+      return read_fragment_a<MmaType::kBF16>(a, K, At);
+    case MmaType::kTF32:
+      return read_fragment_a<MmaType::kTF32>(a, K, At);
+    case MmaType::kE4M3:
+      return read_fragment_a<MmaType::kE4M3>(a, K, At);
+    case MmaType::kE5M2:
+      return read_fragment_a<MmaType::kE5M2>(a, K, At);
   }
 }
 

@@ -1,9 +1,11 @@
-// Who wrote and read every two bytes of global memory, and the release/acquire pairs that order blocks.
+// Who wrote and read every two bytes of global memory, and the release/acquire pairs that order
+// blocks.
 //
-// The model is the causality order of the PTX memory model, kept as vector clocks: a release (st.release, atom.release,
-// or a fence followed by a strong write) leaves at its address what its warp knows; an acquire (ld.acquire,
-// atom.acquire, or a strong read followed by a fence) of that address adds it to what the reader knows. Barriers of a
-// block carry that knowledge to its other warps. Order between lanes of one warp is taken for granted.
+// The model is the causality order of the PTX memory model, kept as vector clocks: a release
+// (st.release, atom.release, or a fence followed by a strong write) leaves at its address what its
+// warp knows; an acquire (ld.acquire, atom.acquire, or a strong read followed by a fence) of that
+// address adds it to what the reader knows. Barriers of a block carry that knowledge to its other
+// warps. Order between lanes of one warp is taken for granted.
 #include <algorithm>
 
 #include "grid.h"
@@ -25,14 +27,15 @@ bool is_none(const GlobalRecord& r) { return r.clock == 0; }
 
 // Two accesses conflict when one is a write, unless both are strong.
 bool conflict(const Warp& w, const GlobalRecord& earlier, bool strong, u32 bytes) {
-  return !is_none(earlier) && !(earlier.strong && strong) && (earlier.bytes & bytes) && !knows(w, earlier);
+  return !is_none(earlier) && !(earlier.strong && strong) && (earlier.bytes & bytes) &&
+         !knows(w, earlier);
 }
 
 void report_conflict(Warp& w, u32 lane, const GlobalBuffer& buffer, u64 address, u32 instruction,
                      const GlobalRecord& earlier, const char* what) {
   const bool same_block = earlier.block == w.block->linear;
-  report(w, same_block ? Kind::kGlobalRace : Kind::kBlockOrder, instruction, lane, address - buffer.base,
-         earlier.instruction, earlier.warp * kWarpSize, earlier.block, what);
+  report(w, same_block ? Kind::kGlobalRace : Kind::kBlockOrder, instruction, lane,
+         address - buffer.base, earlier.instruction, earlier.warp * kWarpSize, earlier.block, what);
 }
 
 GlobalRecord record_of(const Warp& w, u32 instruction, bool strong, u32 bytes) {
@@ -99,23 +102,28 @@ void join(Clock& into, const Clock& from) {
   into.remote = both;
 }
 
-void global_read(Warp& w, u32 lane, GlobalBuffer& buffer, u64 address, u32 bytes, u32 instruction, bool strong) {
+void global_read(Warp& w, u32 lane, GlobalBuffer& buffer, u64 address, u32 bytes, u32 instruction,
+                 bool strong) {
   for_granules(buffer, address, bytes, [&](u64 g, u32 which) {
     const GlobalRecord write = buffer.writes[g];
     if (conflict(w, write, strong, which)) {
-      report_conflict(w, lane, buffer, address, instruction, write, "read of bytes that another warp wrote");
+      report_conflict(w, lane, buffer, address, instruction, write,
+                      "read of bytes that another warp wrote");
     }
     buffer.reads[g] = record_of(w, instruction, strong, which);
   });
 }
 
-void global_write(Warp& w, u32 lane, GlobalBuffer& buffer, u64 address, u32 bytes, u32 instruction, bool strong) {
+void global_write(Warp& w, u32 lane, GlobalBuffer& buffer, u64 address, u32 bytes, u32 instruction,
+                  bool strong) {
   for_granules(buffer, address, bytes, [&](u64 g, u32 which) {
     const GlobalRecord write = buffer.writes[g], read = buffer.reads[g];
     if (conflict(w, write, strong, which)) {
-      report_conflict(w, lane, buffer, address, instruction, write, "write over bytes that another warp wrote");
+      report_conflict(w, lane, buffer, address, instruction, write,
+                      "write over bytes that another warp wrote");
     } else if (conflict(w, read, strong, which)) {
-      report_conflict(w, lane, buffer, address, instruction, read, "write over bytes that another warp read");
+      report_conflict(w, lane, buffer, address, instruction, read,
+                      "write over bytes that another warp read");
     }
     buffer.writes[g] = record_of(w, instruction, strong, which);
   });

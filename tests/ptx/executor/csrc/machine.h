@@ -38,8 +38,8 @@ struct Warp;
 struct Op;
 using OpFn = void (*)(Warp&, const Op&, u32 mask);
 
-// An operand is a byte offset into the register file (or, with kConstBit, into the constants): 32 lane values in a row,
-// or one 32-bit lane mask for a predicate.
+// An operand is a byte offset into the register file (or, with kConstBit, into the constants): 32
+// lane values in a row, or one 32-bit lane mask for a predicate.
 constexpr u32 kConstBit = 1, kNegateBit = 2, kNoOperand = ~0u;
 
 struct Op {
@@ -55,10 +55,11 @@ enum class Collective : u32 { kNone, kAllLanes, kMemberMask };
 
 struct BasicBlock {
   u32 first_op, num_ops;
-  Collective collective;  // of the block's first instruction: lanes wait there until all it needs have arrived
+  Collective collective;  // of the block's first instruction: lanes wait there until all it needs
+                          // have arrived
   u32 member;             // operand: the member mask
   End end;
-  u32 target, guard;      // of a branch
+  u32 target, guard;  // of a branch
 };
 
 struct Program {
@@ -74,7 +75,8 @@ struct Program {
 // ---- options and results: mirrored by layouts.py
 
 struct Options {
-  u32 seed, adversarial, check_races, poison, count, resident_blocks, bulk_copy_timing, max_findings;
+  u32 seed, adversarial, check_races, poison, count, resident_blocks, bulk_copy_timing,
+      max_findings;
   u64 time_limit_ms;
 };
 
@@ -85,7 +87,8 @@ struct LaunchShape {
 };
 
 struct InstructionCount {
-  u64 global_requests, global_bytes, sectors, shared_requests, shared_bytes, wavefronts, ideal_wavefronts, flops;
+  u64 global_requests, global_bytes, sectors, shared_requests, shared_bytes, wavefronts,
+      ideal_wavefronts, flops;
 };
 
 struct Finding {
@@ -108,7 +111,8 @@ struct Clock {
 
 // ---- blocks and warps
 
-constexpr u32 kSharedBase = 1024;  // shared address of the first byte: no pointer into shared memory is null
+constexpr u32 kSharedBase =
+    1024;  // shared address of the first byte: no pointer into shared memory is null
 
 struct SharedRecord {
   u32 write_clock, write_epoch;
@@ -164,7 +168,8 @@ struct Warp {
   State state;
   Leave leave;
   u32 barrier;
-  s64 fuel;  // backward jumps (plain) or scheduling steps (adversarial) until the next warp gets its turn
+  s64 fuel;  // backward jumps (plain) or scheduling steps (adversarial) until the next warp gets
+             // its turn
   u32 random;
   u32 pc[kWarpSize];
   u8* operands[2];  // register file, constants
@@ -172,7 +177,8 @@ struct Warp {
   u64 address[kWarpSize];  // of the memory instruction under way
   Clock clock;
   u32 epoch;  // counts warp synchronisations
-  // Fence-based synchronisation: what a later strong write publishes, what a later fence makes known.
+  // Fence-based synchronisation: what a later strong write publishes, what a later fence makes
+  // known.
   RemoteClock released, unfenced;
   u32 released_lanes, unfenced_lanes;
   std::vector<CopyAsync> copies;
@@ -199,7 +205,8 @@ struct Block {
 
 template <class T>
 inline T* reg(Warp& w, u32 operand) {
-  return reinterpret_cast<T*>(w.operands[operand & kConstBit] + (operand & ~(kConstBit | kNegateBit)));
+  return reinterpret_cast<T*>(w.operands[operand & kConstBit] +
+                              (operand & ~(kConstBit | kNegateBit)));
 }
 
 inline u32 predicate(Warp& w, u32 operand) {

@@ -24,13 +24,14 @@ void set_fragment_word(Tile& tile, u32 lane, bool transposed, u32 word) {
 u8* row_bytes(Warp& w, const Op& op, u32 lane, u64* address, const char* what) {
   *address = strip_shared_window(w.address[lane]);
   if (*address & 15) {
-    fail(w, Kind::kMisaligned, op.instruction, lane, *address, "%s row address is %llu mod 16", what,
-         static_cast<unsigned long long>(*address & 15));
+    fail(w, Kind::kMisaligned, op.instruction, lane, *address, "%s row address is %llu mod 16",
+         what, static_cast<unsigned long long>(*address & 15));
   }
   return shared_bytes(w, op.instruction, lane, *address, 16, what);
 }
 
-// imm: matrices, transposed, address offset, base bytes. arg: address base, then one register per matrix.
+// imm: matrices, transposed, address offset, base bytes. arg: address base, then one register per
+// matrix.
 void load_matrices(Warp& w, const Op& op, u32 mask) {
   require_full_warp(w, op, mask, "ldmatrix");
   resolve_addresses(w, op, 0, 2);
@@ -40,7 +41,8 @@ void load_matrices(Warp& w, const Op& op, u32 mask) {
     u64 addresses[kWarpSize] = {};
     for (u32 r = 0; r < 8; ++r) {
       memcpy(tile[r], row_bytes(w, op, j * 8 + r, &addresses[r], "ldmatrix"), 16);
-      if (w.grid->options.check_races) shared_read(w, j * 8 + r, addresses[r] - kSharedBase, 16, op.instruction);
+      if (w.grid->options.check_races)
+        shared_read(w, j * 8 + r, addresses[r] - kSharedBase, 16, op.instruction);
     }
     if (w.grid->options.count) count_shared(w, op.instruction, 0xff, 16, addresses);
     u32* d = reg<u32>(w, op.arg[1 + j]);
@@ -59,7 +61,8 @@ void store_matrices(Warp& w, const Op& op, u32 mask) {
     for (u32 lane = 0; lane < kWarpSize; ++lane) set_fragment_word(tile, lane, transposed, a[lane]);
     for (u32 r = 0; r < 8; ++r) {
       memcpy(row_bytes(w, op, j * 8 + r, &addresses[r], "stmatrix"), tile[r], 16);
-      if (w.grid->options.check_races) shared_write(w, j * 8 + r, addresses[r] - kSharedBase, 16, op.instruction);
+      if (w.grid->options.check_races)
+        shared_write(w, j * 8 + r, addresses[r] - kSharedBase, 16, op.instruction);
     }
     if (w.grid->options.count) count_shared(w, op.instruction, 0xff, 16, addresses);
   }
@@ -81,13 +84,15 @@ void read_fragment_b(const u32* const* b, u32 K, float (*Bt)[32]) {
   for (u32 r = 0; r < K / (4 * E); ++r) {
     for (u32 g = 0; g < 8; ++g) {
       for (u32 t = 0; t < 4; ++t) {
-        for (u32 i = 0; i < E; ++i) Bt[g][t * E + i + r * 4 * E] = element<kType>(b[r][g * 4 + t], i);
+        for (u32 i = 0; i < E; ++i)
+          Bt[g][t * E + i + r * 4 * E] = element<kType>(b[r][g * 4 + t], i);
       }
     }
   }
 }
 
-// C and D (16,8): register q of lane l holds row l/4 + 8 (q/2), column 2 (l%4) + q%2; as f16, q%2 is the half of register q/2.
+// C and D (16,8): register q of lane l holds row l/4 + 8 (q/2), column 2 (l%4) + q%2; as f16, q%2
+// is the half of register q/2.
 void add_float_accumulator(u32* const* d, const u32* const* c, const float (*sum)[16]) {
   for (u32 q = 0; q < 4; ++q) {
     for (u32 lane = 0; lane < kWarpSize; ++lane) {
@@ -105,7 +110,8 @@ void add_half_accumulator(u32* const* d, const u32* const* c, const float (*sum)
       u32 word = 0;
       for (u32 i = 0; i < 2; ++i) {
         const float old = to_float(F16{static_cast<u16>(c[q][lane] >> 16 * i)});
-        word |= static_cast<u32>(narrow<F16>(old + sum[lane % 4 * 2 + i][lane / 4 + 8 * q]).bits) << 16 * i;
+        word |= static_cast<u32>(narrow<F16>(old + sum[lane % 4 * 2 + i][lane / 4 + 8 * q]).bits)
+                << 16 * i;
       }
       d[q][lane] = word;
     }

@@ -5,7 +5,8 @@ namespace ptx {
 
 static u32 mbarrier_address(Warp& w, u32 instruction, u32 lane, u64 address) {
   address = strip_shared_window(address);
-  if (address & 7) fail(w, Kind::kMisaligned, instruction, lane, address, "mbarrier address is no multiple of 8");
+  if (address & 7)
+    fail(w, Kind::kMisaligned, instruction, lane, address, "mbarrier address is no multiple of 8");
   shared_bytes(w, instruction, lane, address, 8, "mbarrier");
   return address;
 }
@@ -26,7 +27,8 @@ void complete_mbarrier_phase(Block& b, MBarrier& barrier) {
   ++b.progress;
 }
 
-// arg: address base, predicate, phase parity or state. imm: address offset, base bytes, 1 parity / 0 state.
+// arg: address base, predicate, phase parity or state. imm: address offset, base bytes, 1 parity /
+// 0 state.
 bool test_mbarrier(Warp& w, const Op& op, u32 mask) {
   resolve_addresses(w, op, 0, 0);
   u32 done = 0;
@@ -63,7 +65,8 @@ void invalidate(Warp& w, const Op& op, u32 mask) {
   });
 }
 
-// arg: address base, state or none, arrivals or none, expected bytes or none. imm: address offset, base bytes, 1 if it arrives.
+// arg: address base, state or none, arrivals or none, expected bytes or none. imm: address offset,
+// base bytes, 1 if it arrives.
 void arrive(Warp& w, const Op& op, u32 mask) {
   resolve_addresses(w, op, 0, 0);
   const bool arrives = op.imm[2];
@@ -74,8 +77,8 @@ void arrive(Warp& w, const Op& op, u32 mask) {
     if (!arrives) return;
     const u32 n = op.arg[2] == kNoOperand ? 1 : reg<u32>(w, op.arg[2])[lane];
     if (n > barrier.pending) {
-      fail(w, Kind::kMisuse, op.instruction, lane, w.address[lane], "mbarrier gets %u arrivals with %u pending of %u", n,
-           barrier.pending, barrier.count);
+      fail(w, Kind::kMisuse, op.instruction, lane, w.address[lane],
+           "mbarrier gets %u arrivals with %u pending of %u", n, barrier.pending, barrier.count);
     }
     join(barrier.clock, w.clock);
     barrier.pending -= n;

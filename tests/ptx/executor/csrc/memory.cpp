@@ -25,8 +25,9 @@ u8* shared_bytes(Warp& w, u32 instruction, u32 lane, u64 address, u32 bytes, con
   const u64 size = w.grid->shape.shared_bytes;
   if (address < kSharedBase || address + bytes > kSharedBase + size) {
     fail(w, Kind::kOutOfBounds, instruction, lane, address,
-         "%s of %u bytes at shared offset %lld of a block with %llu bytes of shared memory", what, bytes,
-         static_cast<long long>(address - kSharedBase), static_cast<unsigned long long>(size));
+         "%s of %u bytes at shared offset %lld of a block with %llu bytes of shared memory", what,
+         bytes, static_cast<long long>(address - kSharedBase),
+         static_cast<unsigned long long>(size));
   }
   return b.shared.data() + (address - kSharedBase);
 }
@@ -35,8 +36,8 @@ static bool contains(const GlobalBuffer& buffer, u64 address, u32 bytes) {
   return address - buffer.base < buffer.size && address - buffer.base + bytes <= buffer.size;
 }
 
-[[noreturn]] static void fail_outside_buffers(Warp& w, u32 instruction, u32 lane, u64 address, u32 bytes,
-                                              const char* what) {
+[[noreturn]] static void fail_outside_buffers(Warp& w, u32 instruction, u32 lane, u64 address,
+                                              u32 bytes, const char* what) {
   const GlobalBuffer* nearest = nullptr;
   u64 best = 1ull << 32;
   for (const GlobalBuffer& buffer : w.grid->buffers) {
@@ -47,19 +48,24 @@ static bool contains(const GlobalBuffer& buffer, u64 address, u32 bytes) {
     }
   }
   if (!nearest) {
-    fail(w, Kind::kOutOfBounds, instruction, lane, address, "%s of %u bytes at %#llx, which is in no buffer", what, bytes,
+    fail(w, Kind::kOutOfBounds, instruction, lane, address,
+         "%s of %u bytes at %#llx, which is in no buffer", what, bytes,
          static_cast<unsigned long long>(address));
   }
-  fail(w, Kind::kOutOfBounds, instruction, lane, address, "%s of %u bytes at byte %lld of a buffer of %llu bytes", what,
-       bytes, static_cast<long long>(address - nearest->base), static_cast<unsigned long long>(nearest->size));
+  fail(w, Kind::kOutOfBounds, instruction, lane, address,
+       "%s of %u bytes at byte %lld of a buffer of %llu bytes", what, bytes,
+       static_cast<long long>(address - nearest->base),
+       static_cast<unsigned long long>(nearest->size));
 }
 
-GlobalBuffer& global_buffer(Warp& w, u32 instruction, u32 lane, u64 address, u32 bytes, const char* what) {
+GlobalBuffer& global_buffer(Warp& w, u32 instruction, u32 lane, u64 address, u32 bytes,
+                            const char* what) {
   Grid& g = *w.grid;
   u32& last = g.last_buffer[instruction];
   if (last < g.buffers.size() && contains(g.buffers[last], address, bytes)) return g.buffers[last];
-  const auto above = std::upper_bound(g.buffers.begin(), g.buffers.end(), address,
-                                      [](u64 a, const GlobalBuffer& buffer) { return a < buffer.base; });
+  const auto above =
+      std::upper_bound(g.buffers.begin(), g.buffers.end(), address,
+                       [](u64 a, const GlobalBuffer& buffer) { return a < buffer.base; });
   if (above != g.buffers.begin() && contains(above[-1], address, bytes)) {
     last = above - g.buffers.begin() - 1;
     return g.buffers[last];
@@ -71,14 +77,17 @@ static Space space_of(u64& address) {
   const u64 window = address & kWindowMask;
   if (window == 0) return Space::kGlobal;
   address &= ~kWindowMask;
-  return window == kSharedWindow ? Space::kShared : window == kLocalWindow ? Space::kLocal : Space::kParam;
+  return window == kSharedWindow  ? Space::kShared
+         : window == kLocalWindow ? Space::kLocal
+                                  : Space::kParam;
 }
 
 Place resolve(Warp& w, u32 instruction, Space space, u32 lane, u32 bytes, const char* what) {
   u64 address = w.address[lane];
   if (space == Space::kGeneric) space = space_of(address);
   if (address & (bytes - 1)) {
-    fail(w, Kind::kMisaligned, instruction, lane, address, "%s of %u bytes at an address that is %llu mod %u", what, bytes,
+    fail(w, Kind::kMisaligned, instruction, lane, address,
+         "%s of %u bytes at an address that is %llu mod %u", what, bytes,
          static_cast<unsigned long long>(address & (bytes - 1)), bytes);
   }
   const Grid& g = *w.grid;
@@ -88,7 +97,8 @@ Place resolve(Warp& w, u32 instruction, Space space, u32 lane, u32 bytes, const 
     case Space::kLocal: {
       const u64 size = g.program->local_bytes;
       if (address + bytes > size) {
-        fail(w, Kind::kOutOfBounds, instruction, lane, address, "%s of %u bytes at local offset %llu of %llu", what, bytes,
+        fail(w, Kind::kOutOfBounds, instruction, lane, address,
+             "%s of %u bytes at local offset %llu of %llu", what, bytes,
              static_cast<unsigned long long>(address), static_cast<unsigned long long>(size));
       }
       return {w.local.data() + lane * size + address, space, address, nullptr};
@@ -96,8 +106,10 @@ Place resolve(Warp& w, u32 instruction, Space space, u32 lane, u32 bytes, const 
     case Space::kParam: {
       const u64 offset = address & ~kWindowMask;
       if (offset + bytes > g.shape.param_bytes) {
-        fail(w, Kind::kOutOfBounds, instruction, lane, offset, "%s of %u bytes at byte %llu of %llu bytes of arguments",
-             what, bytes, static_cast<unsigned long long>(offset), static_cast<unsigned long long>(g.shape.param_bytes));
+        fail(w, Kind::kOutOfBounds, instruction, lane, offset,
+             "%s of %u bytes at byte %llu of %llu bytes of arguments", what, bytes,
+             static_cast<unsigned long long>(offset),
+             static_cast<unsigned long long>(g.shape.param_bytes));
       }
       return {const_cast<u8*>(g.shape.params) + offset, space, offset, nullptr};
     }
@@ -166,7 +178,8 @@ void load(Warp& w, const Op& op, u32 mask) {
         shared_read(w, lane, place.address - kSharedBase, access.bytes(), op.instruction);
       } else if (place.buffer) {
         if (access.strong()) acquire_at(w, lane, place.address, access.order == Order::kAcquire);
-        global_read(w, lane, *place.buffer, place.address, access.bytes(), op.instruction, access.strong());
+        global_read(w, lane, *place.buffer, place.address, access.bytes(), op.instruction,
+                    access.strong());
       }
     }
     for (u32 v = 0; v < access.num_elements; ++v) {
@@ -192,26 +205,31 @@ void store(Warp& w, const Op& op, u32 mask) {
       if (place.space == Space::kShared) {
         shared_write(w, lane, place.address - kSharedBase, access.bytes(), op.instruction);
       } else if (place.buffer) {
-        global_write(w, lane, *place.buffer, place.address, access.bytes(), op.instruction, access.strong());
-        if (access.strong()) release_at(w, lane, place.address, access.order == Order::kRelease, false);
+        global_write(w, lane, *place.buffer, place.address, access.bytes(), op.instruction,
+                     access.strong());
+        if (access.strong())
+          release_at(w, lane, place.address, access.order == Order::kRelease, false);
       }
     }
-    if (place.buffer) store_once(w, op.instruction, lane, *place.buffer, place.address, access.bytes());
+    if (place.buffer)
+      store_once(w, op.instruction, lane, *place.buffer, place.address, access.bytes());
     for (u32 v = 0; v < access.num_elements; ++v) {
-      memcpy(place.bytes + v * access.element_bytes, reg<u8>(w, op.arg[1 + v]) + lane * access.register_bytes,
-             access.element_bytes);
+      memcpy(place.bytes + v * access.element_bytes,
+             reg<u8>(w, op.arg[1 + v]) + lane * access.register_bytes, access.element_bytes);
     }
   });
   count_access(w, op.instruction, access.space, mask, access.bytes());
 }
 
-// A parameter at a constant offset, the same for all lanes. arg: destination; imm: offset, bytes, register bytes, signed.
+// A parameter at a constant offset, the same for all lanes. arg: destination; imm: offset, bytes,
+// register bytes, signed.
 void load_parameter(Warp& w, const Op& op, u32 mask) {
   u64 x = 0;
   memcpy(&x, w.grid->shape.params + op.imm[0], op.imm[1]);
   const u32 up = 64 - 8 * op.imm[1];
   if (op.imm[3]) x = static_cast<u64>(static_cast<s64>(x << up) >> up);
-  for_each_lane(mask, [&](u32 lane) { memcpy(reg<u8>(w, op.arg[0]) + lane * op.imm[2], &x, op.imm[2]); });
+  for_each_lane(mask,
+                [&](u32 lane) { memcpy(reg<u8>(w, op.arg[0]) + lane * op.imm[2], &x, op.imm[2]); });
 }
 
 const bool registered = [] {

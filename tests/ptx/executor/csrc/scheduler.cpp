@@ -8,15 +8,16 @@
 namespace ptx {
 namespace {
 
-constexpr s64 kPlainFuel = 1 << 12;        // backward jumps before another warp gets its turn
-constexpr u64 kPlainSpins = 3000;          // rounds without a store, barrier or exit: spinning for ever
+constexpr s64 kPlainFuel = 1 << 12;  // backward jumps before another warp gets its turn
+constexpr u64 kPlainSpins = 3000;    // rounds without a store, barrier or exit: spinning for ever
 constexpr u64 kAdversarialSpins = 300000;
 
 struct LaneGroup {
   u32 pc, lanes;
 };
 
-// Groups the live lanes by where they are, in program order: the group furthest behind runs first, so that lanes meet again.
+// Groups the live lanes by where they are, in program order: the group furthest behind runs first,
+// so that lanes meet again.
 u32 group_lanes(const Warp& w, LaneGroup* groups) {
   u32 count = 0;
   for (u32 left = w.live; left;) {
@@ -43,7 +44,8 @@ u32 ready_lanes(Warp& w, const LaneGroup& group) {
     });
     return ready;
   }
-  if (w.grid->options.adversarial && (next_random(w.random) & 3) == 0 && (group.lanes & (group.lanes - 1))) {
+  if (w.grid->options.adversarial && (next_random(w.random) & 3) == 0 &&
+      (group.lanes & (group.lanes - 1))) {
     const u32 some = group.lanes & next_random(w.random);  // let only some lanes run ahead
     if (some) return some;
   }
@@ -87,7 +89,8 @@ s32 pick_block(Warp& w, u32* mask) {
     n += snprintf(text + n, sizeof text - n, "%s mask %08x at @%d", i ? "," : "", groups[i].lanes,
                   instruction_at(*w.grid->program, groups[i].pc));
   }
-  fail(w, Kind::kDivergent, instruction_at(*w.grid->program, groups[0].pc), lowest_lane(groups[0].lanes), 0,
+  fail(w, Kind::kDivergent, instruction_at(*w.grid->program, groups[0].pc),
+       lowest_lane(groups[0].lanes), 0,
        "lanes of one warp wait at different warp-wide instructions:%s", text);
 }
 
@@ -95,7 +98,8 @@ void set_pc(Warp& w, u32 mask, u32 pc) {
   for_each_lane(mask, [&](u32 lane) { w.pc[lane] = pc; });
 }
 
-// Continues at `target` directly while the warp is together. A backward jump costs fuel, so that a spinning warp yields.
+// Continues at `target` directly while the warp is together. A backward jump costs fuel, so that a
+// spinning warp yields.
 s32 go_to(Warp& w, u32 mask, u32 target, u32 from) {
   const bool adversarial = w.grid->options.adversarial;
   const bool tired = target <= from && !adversarial && --w.fuel <= 0;
@@ -116,11 +120,16 @@ s32 branch(Warp& w, const BasicBlock& block, u32 mask, u32 pc) {
 }
 
 s32 end_block(Warp& w, const BasicBlock& block, u32 mask, u32 pc) {
-  const Op* last = block.num_ops ? &w.grid->program->ops[block.first_op + block.num_ops - 1] : nullptr;
+  const Op* last =
+      block.num_ops ? &w.grid->program->ops[block.first_op + block.num_ops - 1] : nullptr;
   switch (block.end) {
-    case End::kFallThrough: return go_to(w, mask, pc + 1, pc);
-    case End::kBranch: return branch(w, block, mask, pc);
-    case End::kExit: w.live &= ~mask; return kNone;
+    case End::kFallThrough:
+      return go_to(w, mask, pc + 1, pc);
+    case End::kBranch:
+      return branch(w, block, mask, pc);
+    case End::kExit:
+      w.live &= ~mask;
+      return kNone;
     case End::kBarrier:
       set_pc(w, mask, pc + 1);
       return arrive_at_barrier(w, *last, mask) ? go_to(w, mask, pc + 1, pc) : kNone;
@@ -155,7 +164,8 @@ void run_warp(Warp& w) {
 
 class Cohort {  // blocks that are resident together
  public:
-  Cohort(Grid& grid, u32 first, u32 count) : grid_(grid), random_(grid.options.seed + first * 31 + 7) {
+  Cohort(Grid& grid, u32 first, u32 count)
+      : grid_(grid), random_(grid.options.seed + first * 31 + 7) {
     if (!random_) random_ = 1;
     for (u32 i = 0; i < count; ++i) {
       blocks_.push_back(grid.blocks[i].get());
@@ -197,7 +207,8 @@ class Cohort {  // blocks that are resident together
     w.leave = Leave::kStay;
     if (!grid_.options.adversarial) w.fuel = kPlainFuel;
     run_warp(w);
-    if (++grid_.steps % 16 == 0 && std::chrono::steady_clock::now() > grid_.deadline) fail_timed_out(w);
+    if (++grid_.steps % 16 == 0 && std::chrono::steady_clock::now() > grid_.deadline)
+      fail_timed_out(w);
     if (w.state == State::kDone) {
       ++num_done_;
       ++w.block->progress;
@@ -229,8 +240,9 @@ class Cohort {  // blocks that are resident together
       // A warp at a barrier has its pc behind the barrier's block.
       const bool waits = w->state == State::kAtBarrier;
       char line[96];
-      snprintf(line, sizeof line, "%swarp %u of block %u %s @%d", text.empty() ? "" : "; ", w->index, w->block->linear,
-               waits ? "at the barrier before" : "at", instruction_at(*grid_.program, pc));
+      snprintf(line, sizeof line, "%swarp %u of block %u %s @%d", text.empty() ? "" : "; ",
+               w->index, w->block->linear, waits ? "at the barrier before" : "at",
+               instruction_at(*grid_.program, pc));
       text += line;
     }
     return text;
@@ -240,7 +252,8 @@ class Cohort {  // blocks that are resident together
     for (Warp* w : warps_) {
       if (w->state == State::kDone) continue;
       const u32 pc = w->live ? w->pc[lowest_lane(w->live)] : 0;
-      fail(*w, Kind::kDeadlock, instruction_at(*grid_.program, pc), 0, 0, "%s", positions().c_str());
+      fail(*w, Kind::kDeadlock, instruction_at(*grid_.program, pc), 0, 0, "%s",
+           positions().c_str());
     }
     __builtin_unreachable();
   }
@@ -268,10 +281,30 @@ void set_special_registers(Warp& w) {
     const u32 t = w.index * kWarpSize + lane;
     if (t < threads) w.live |= 1u << lane;
     // In the order of SPECIAL_REGISTERS in encoder.py.
-    const u32 values[kNumSpecialRegisters] = {
-        t % s.block[0], t / s.block[0] % s.block[1], t / (s.block[0] * s.block[1]), s.block[0], s.block[1], s.block[2],
-        b.index[0], b.index[1], b.index[2], s.grid[0], s.grid[1], s.grid[2], lane, w.index, 1u << lane, (1u << lane) - 1,
-        ~0u << lane, static_cast<u32>((2ull << lane) - 1), ~static_cast<u32>((2ull << lane) - 1), 0, 1, s.shared_bytes, 0, 0};
+    const u32 values[kNumSpecialRegisters] = {t % s.block[0],
+                                              t / s.block[0] % s.block[1],
+                                              t / (s.block[0] * s.block[1]),
+                                              s.block[0],
+                                              s.block[1],
+                                              s.block[2],
+                                              b.index[0],
+                                              b.index[1],
+                                              b.index[2],
+                                              s.grid[0],
+                                              s.grid[1],
+                                              s.grid[2],
+                                              lane,
+                                              w.index,
+                                              1u << lane,
+                                              (1u << lane) - 1,
+                                              ~0u << lane,
+                                              static_cast<u32>((2ull << lane) - 1),
+                                              ~static_cast<u32>((2ull << lane) - 1),
+                                              0,
+                                              1,
+                                              s.shared_bytes,
+                                              0,
+                                              0};
     for (u32 i = 0; i < kNumSpecialRegisters; ++i) reg<u32>(w, i * 4 * kWarpSize)[lane] = values[i];
   }
   w.born = w.live;
@@ -328,7 +361,8 @@ void start_block(Block& b, u32 linear) {
 void run_grid(Grid& g) {
   const u32 total = g.shape.grid[0] * g.shape.grid[1] * g.shape.grid[2];
   const u32 resident = std::max(1u, std::min(total, g.options.resident_blocks));
-  const u32 num_warps = (g.shape.block[0] * g.shape.block[1] * g.shape.block[2] + kWarpSize - 1) / kWarpSize;
+  const u32 num_warps =
+      (g.shape.block[0] * g.shape.block[1] * g.shape.block[2] + kWarpSize - 1) / kWarpSize;
   for (u32 i = 0; i < resident; ++i) {
     auto b = std::make_unique<Block>();
     b->grid = &g;

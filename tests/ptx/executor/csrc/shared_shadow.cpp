@@ -1,4 +1,5 @@
-// What is known of every two bytes of a block's shared memory: who wrote and read them, whether a copy is on its way.
+// What is known of every two bytes of a block's shared memory: who wrote and read them, whether a
+// copy is on its way.
 #include <algorithm>
 
 #include "grid.h"
@@ -17,7 +18,9 @@ void for_granules(Block& b, u32 offset, u32 bytes, F f) {
 }
 
 u32 writer_thread(const SharedRecord& s) {
-  return s.write_warp == kCopyAgent ? kNobody : s.write_warp * kWarpSize + (s.write_lane == kNoLane ? 0 : s.write_lane);
+  return s.write_warp == kCopyAgent
+             ? kNobody
+             : s.write_warp * kWarpSize + (s.write_lane == kNoLane ? 0 : s.write_lane);
 }
 
 bool knows_write(const Warp& w, const SharedRecord& s) {
@@ -32,12 +35,14 @@ void check_read(Warp& w, u32 lane, u32 offset, u32 instruction, const SharedReco
     report(w, Kind::kUninitialised, instruction, lane, offset);
   } else if (!knows_write(w, s)) {
     report(w, Kind::kSharedReadAfterWrite, instruction, lane, offset, s.writer, other);
-  } else if (s.write_warp == w.index && s.write_lane != lane && s.write_lane != kNoLane && s.write_epoch == w.epoch) {
+  } else if (s.write_warp == w.index && s.write_lane != lane && s.write_lane != kNoLane &&
+             s.write_epoch == w.epoch) {
     report(w, Kind::kWarpRace, instruction, lane, offset, s.writer, other);
   }
 }
 
-void check_write(Warp& w, u32 lane, u32 offset, u32 instruction, const SharedRecord& s, u32 granule) {
+void check_write(Warp& w, u32 lane, u32 offset, u32 instruction, const SharedRecord& s,
+                 u32 granule) {
   const Block& b = *w.block;
   if (s.in_flight) {
     report(w, Kind::kUnfinishedCopy, instruction, lane, offset, s.in_flight_by, writer_thread(s));
@@ -47,7 +52,8 @@ void check_write(Warp& w, u32 lane, u32 offset, u32 instruction, const SharedRec
   const u32* readers = &b.read_clocks[granule * b.num_warps];
   for (u32 other = 0; other < b.num_warps; ++other) {
     if (other != w.index && readers[other] > w.clock.local[other]) {
-      report(w, Kind::kSharedWriteAfterRead, instruction, lane, offset, s.reader, other * kWarpSize);
+      report(w, Kind::kSharedWriteAfterRead, instruction, lane, offset, s.reader,
+             other * kWarpSize);
       break;
     }
   }
@@ -71,7 +77,8 @@ void shared_read(Warp& w, u32 lane, u32 offset, u32 bytes, u32 instruction, bool
   Block& b = *w.block;
   for_granules(b, offset, bytes, [&](SharedRecord& s, u32 g) {
     check_read(w, lane, offset, instruction, s);
-    const bool behind_fence = s.write_warp == kCopyAgent || s.write_clock <= w.clock.fenced[s.write_warp];
+    const bool behind_fence =
+        s.write_warp == kCopyAgent || s.write_clock <= w.clock.fenced[s.write_warp];
     if (async_proxy && s.generic_write && !behind_fence) {
       report(w, Kind::kProxy, instruction, lane, offset, s.writer, writer_thread(s));
     }

@@ -1,4 +1,5 @@
-// Warp-wide instructions on registers: shuffles, votes, matches, reductions. The scheduler has gathered their lanes.
+// Warp-wide instructions on registers: shuffles, votes, matches, reductions. The scheduler has
+// gathered their lanes.
 #include <algorithm>
 
 #include "grid.h"
@@ -8,16 +9,25 @@ namespace {
 
 enum class Shuffle : s64 { kUp, kDown, kButterfly, kIndex };
 
-// The lane that `lane` reads, or -1 where it lies outside its segment. c: clamp in bits 0-4, segment mask in bits 8-12.
+// The lane that `lane` reads, or -1 where it lies outside its segment. c: clamp in bits 0-4,
+// segment mask in bits 8-12.
 s32 source_lane(Shuffle mode, s32 lane, s32 b, u32 c) {
   const s32 clamp = c & 31, segment = c >> 8 & 31;
   const s32 last = (lane & segment) | (clamp & ~segment), first = lane & segment;
   s32 source = lane;
   switch (mode) {
-    case Shuffle::kUp: source = lane - b; return source >= last ? source : -1;
-    case Shuffle::kDown: source = lane + b; break;
-    case Shuffle::kButterfly: source = lane ^ b; break;
-    case Shuffle::kIndex: source = first | (b & ~segment); break;
+    case Shuffle::kUp:
+      source = lane - b;
+      return source >= last ? source : -1;
+    case Shuffle::kDown:
+      source = lane + b;
+      break;
+    case Shuffle::kButterfly:
+      source = lane ^ b;
+      break;
+    case Shuffle::kIndex:
+      source = first | (b & ~segment);
+      break;
   }
   return source <= last ? source : -1;
 }
@@ -25,7 +35,8 @@ s32 source_lane(Shuffle mode, s32 lane, s32 b, u32 c) {
 void require_member(Warp& w, const Op& op, u32 mask, const u32* members, const char* what) {
   for_each_lane(mask, [&](u32 lane) {
     if (members[lane] >> lane & 1) return;
-    fail(w, Kind::kMisuse, op.instruction, lane, 0, "%s by a lane that its member mask %08x leaves out", what, members[lane]);
+    fail(w, Kind::kMisuse, op.instruction, lane, 0,
+         "%s by a lane that its member mask %08x leaves out", what, members[lane]);
   });
 }
 
@@ -55,10 +66,14 @@ void vote(Warp& w, const Op& op, u32 mask) {
   const u32 yes = predicate(w, op.arg[1]) & mask;
   require_member(w, op, mask, reg<u32>(w, op.arg[2]), "vote.sync");
   switch (static_cast<Vote>(op.imm[0])) {
-    case Vote::kAll: return set_predicate(w, op.arg[0], yes == mask ? ~0u : 0, mask);
-    case Vote::kAny: return set_predicate(w, op.arg[0], yes ? ~0u : 0, mask);
-    case Vote::kUniform: return set_predicate(w, op.arg[0], !yes || yes == mask ? ~0u : 0, mask);
-    case Vote::kBallot: for_elements<1>(reg<u32>(w, op.arg[0]), mask, [=](u32) { return yes; });
+    case Vote::kAll:
+      return set_predicate(w, op.arg[0], yes == mask ? ~0u : 0, mask);
+    case Vote::kAny:
+      return set_predicate(w, op.arg[0], yes ? ~0u : 0, mask);
+    case Vote::kUniform:
+      return set_predicate(w, op.arg[0], !yes || yes == mask ? ~0u : 0, mask);
+    case Vote::kBallot:
+      for_elements<1>(reg<u32>(w, op.arg[0]), mask, [=](u32) { return yes; });
   }
 }
 
@@ -67,14 +82,22 @@ enum class Reduction : s64 { kAdd, kMinU, kMaxU, kMinS, kMaxS, kAnd, kOr, kXor }
 u32 reduce(Reduction how, u32 a, u32 b) {
   const s32 x = a, y = b;
   switch (how) {
-    case Reduction::kAdd: return a + b;
-    case Reduction::kMinU: return std::min(a, b);
-    case Reduction::kMaxU: return std::max(a, b);
-    case Reduction::kMinS: return std::min(x, y);
-    case Reduction::kMaxS: return std::max(x, y);
-    case Reduction::kAnd: return a & b;
-    case Reduction::kOr: return a | b;
-    case Reduction::kXor: return a ^ b;
+    case Reduction::kAdd:
+      return a + b;
+    case Reduction::kMinU:
+      return std::min(a, b);
+    case Reduction::kMaxU:
+      return std::max(a, b);
+    case Reduction::kMinS:
+      return std::min(x, y);
+    case Reduction::kMaxS:
+      return std::max(x, y);
+    case Reduction::kAnd:
+      return a & b;
+    case Reduction::kOr:
+      return a | b;
+    case Reduction::kXor:
+      return a ^ b;
   }
   return a;
 }
@@ -84,8 +107,9 @@ void reduce_lanes(Warp& w, const Op& op, u32 mask) {
   const u32* a = reg<u32>(w, op.arg[1]);
   require_member(w, op, mask, reg<u32>(w, op.arg[2]), "redux.sync");
   u32 result = a[lowest_lane(mask)];
-  for_each_lane(mask & (mask - 1),
-                [&](u32 lane) { result = reduce(static_cast<Reduction>(op.imm[0]), result, a[lane]); });
+  for_each_lane(mask & (mask - 1), [&](u32 lane) {
+    result = reduce(static_cast<Reduction>(op.imm[0]), result, a[lane]);
+  });
   for_elements<1>(reg<u32>(w, op.arg[0]), mask, [=](u32) { return result; });
 }
 
@@ -96,7 +120,8 @@ void match_any(Warp& w, const Op& op, u32 mask) {
   require_member(w, op, mask, reg<u32>(w, op.arg[2]), "match.sync");
   u32 result[kWarpSize] = {};
   for_each_lane(mask, [&](u32 lane) {
-    for_each_lane(mask, [&](u32 other) { result[lane] |= static_cast<u32>(a[other] == a[lane]) << other; });
+    for_each_lane(
+        mask, [&](u32 other) { result[lane] |= static_cast<u32>(a[other] == a[lane]) << other; });
   });
   for_each_lane(mask, [&](u32 lane) { reg<u32>(w, op.arg[0])[lane] = result[lane]; });
 }
@@ -104,7 +129,8 @@ void match_any(Warp& w, const Op& op, u32 mask) {
 // arg: d, p.
 void elect(Warp& w, const Op& op, u32 mask) {
   const u32 leader = lowest_lane(mask);
-  if (op.arg[0] != kNoOperand) for_elements<1>(reg<u32>(w, op.arg[0]), mask, [=](u32) { return leader; });
+  if (op.arg[0] != kNoOperand)
+    for_elements<1>(reg<u32>(w, op.arg[0]), mask, [=](u32) { return leader; });
   set_predicate(w, op.arg[1], 1u << leader, mask);
 }
 
@@ -115,7 +141,8 @@ void active_mask(Warp& w, const Op& op, u32 mask) {
 void synchronise_warp(Warp& w, const Op&, u32) { ++w.epoch; }
 
 void trap(Warp& w, const Op& op, u32 mask) {
-  fail(w, Kind::kMisuse, op.instruction, lowest_lane(mask), 0, "trap (a failed assertion or __trap)");
+  fail(w, Kind::kMisuse, op.instruction, lowest_lane(mask), 0,
+       "trap (a failed assertion or __trap)");
 }
 
 const bool registered = [] {

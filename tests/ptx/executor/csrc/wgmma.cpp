@@ -1,5 +1,5 @@
-// wgmma: each warp of the group computes its 16 rows, at the wait. Until then the accumulators hold poison and the operands
-// in shared memory are marked as being read.
+// wgmma: each warp of the group computes its 16 rows, at the wait. Until then the accumulators hold
+// poison and the operands in shared memory are marked as being read.
 #include "fragments.h"
 #include "grid.h"
 #include "swizzle.h"
@@ -13,7 +13,10 @@ struct Descriptor {
   Swizzle swizzle;
   u32 row_bytes;
   explicit Descriptor(u64 d)
-      : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4), base_offset(d >> 49 & 7) {
+      : start((d & 0x3fff) << 4),
+        leading((d >> 16 & 0x3fff) << 4),
+        stride((d >> 32 & 0x3fff) << 4),
+        base_offset(d >> 49 & 7) {
     constexpr Swizzle kModes[] = {Swizzle::kNone, Swizzle::k128B, Swizzle::k64B, Swizzle::k32B};
     constexpr u32 kRowBytes[] = {16, 128, 64, 32};
     swizzle = kModes[d >> 62];
@@ -30,8 +33,10 @@ struct Descriptor {
   // Shared address of element mn of row k.
   u32 mn_major(u32 mn, u32 k, u32 element_bytes) const {
     const u32 per_row = row_bytes / element_bytes, column = (mn % per_row) * element_bytes;
-    const u32 across = swizzle == Swizzle::kNone ? stride : leading, down = swizzle == Swizzle::kNone ? leading : stride;
-    return swizzle_address(start + (mn / per_row) * across + (k >> 3) * down + (k & 7) * row_bytes + column, swizzle);
+    const u32 across = swizzle == Swizzle::kNone ? stride : leading,
+              down = swizzle == Swizzle::kNone ? leading : stride;
+    return swizzle_address(
+        start + (mn / per_row) * across + (k >> 3) * down + (k & 7) * row_bytes + column, swizzle);
   }
 };
 
@@ -41,10 +46,12 @@ struct Operand {
   bool transposed;
 };
 
-// Calls f(shared address of 16 bytes, mn, k): consecutive elements along K, or along MN when transposed.
+// Calls f(shared address of 16 bytes, mn, k): consecutive elements along K, or along MN when
+// transposed.
 template <class F>
 void for_each_chunk(const WgmmaOp& o, const Operand& operand, F f) {
-  const u32 element_bytes = 4 / elements_per_word(static_cast<MmaType>(o.type)), per_chunk = 16 / element_bytes;
+  const u32 element_bytes = 4 / elements_per_word(static_cast<MmaType>(o.type)),
+            per_chunk = 16 / element_bytes;
   if (operand.transposed) {
     for (u32 k = 0; k < o.K; ++k) {
       for (u32 mn = 0; mn < operand.num_rows; mn += per_chunk) {
@@ -54,7 +61,8 @@ void for_each_chunk(const WgmmaOp& o, const Operand& operand, F f) {
     return;
   }
   for (u32 mn = 0; mn < operand.num_rows; ++mn) {
-    for (u32 k = 0; k < o.K; k += per_chunk) f(operand.descriptor.k_major(operand.first_row + mn, k * element_bytes), mn, k);
+    for (u32 k = 0; k < o.K; k += per_chunk)
+      f(operand.descriptor.k_major(operand.first_row + mn, k * element_bytes), mn, k);
   }
 }
 
@@ -107,7 +115,8 @@ void accumulate_column(WgmmaOp& o, u32 n, const float* sum) {
 
 void complete(Warp& w, WgmmaOp& o) {
   alignas(64) static float At[32][16], Bt[256][32];
-  for (size_t i = 0; i * kWarpSize < o.saved.size(); ++i) memcpy(o.d[i], &o.saved[i * kWarpSize], 4 * kWarpSize);
+  for (size_t i = 0; i * kWarpSize < o.saved.size(); ++i)
+    memcpy(o.d[i], &o.saved[i * kWarpSize], 4 * kWarpSize);
   if (o.fragment_a.empty()) {
     read_operand(w, o, operand_a(w, o), [&](u32 r, u32 k, float v) { At[k][r] = v; });
   } else {
@@ -134,12 +143,13 @@ void hide_accumulators(Warp& w, WgmmaOp& o) {
   }
 }
 
-// imm: N, K, type, half accumulator, scale, transpose a, transpose b, number of D and of A registers.
-// arg: B descriptor, scale-d predicate, A descriptor or none, D, A registers.
+// imm: N, K, type, half accumulator, scale, transpose a, transpose b, number of D and of A
+// registers. arg: B descriptor, scale-d predicate, A descriptor or none, D, A registers.
 void issue(Warp& w, const Op& op, u32 mask) {
   require_full_warp(w, op, mask, "wgmma");
   const u32 keep = predicate(w, op.arg[1]);
-  if (keep != 0 && keep != kFullMask) fail(w, Kind::kMisuse, op.instruction, 0, 0, "wgmma scale-d differs between lanes");
+  if (keep != 0 && keep != kFullMask)
+    fail(w, Kind::kMisuse, op.instruction, 0, 0, "wgmma scale-d differs between lanes");
   WgmmaOp o{};
   o.instruction = op.instruction;
   o.group = w.wgmmas_committed + 1;
@@ -153,7 +163,8 @@ void issue(Warp& w, const Op& op, u32 mask) {
   o.keep = keep != 0;
   o.descriptor_b = reg<u64>(w, op.arg[0])[0];
   for (u32 i = 0; i < op.imm[7]; ++i) o.d.push_back(reg<u32>(w, op.arg[3 + i]));
-  for (u32 i = 0; i < op.imm[8]; ++i) o.fragment_a.push_back(reg<u32>(w, op.arg[3 + op.imm[7] + i]));
+  for (u32 i = 0; i < op.imm[8]; ++i)
+    o.fragment_a.push_back(reg<u32>(w, op.arg[3 + op.imm[7] + i]));
   if (op.arg[2] != kNoOperand) {
     o.descriptor_a = reg<u64>(w, op.arg[2])[0];
     mark_as_being_read(w, o, operand_a(w, o));
@@ -169,7 +180,8 @@ void commit(Warp& w, const Op&, u32) { ++w.wgmmas_committed; }
 // imm[0]: groups that may stay in flight.
 void wait(Warp& w, const Op& op, u32) {
   size_t done = 0;
-  while (done < w.wgmmas.size() && w.wgmmas[done].group <= static_cast<s64>(w.wgmmas_committed) - op.imm[0]) {
+  while (done < w.wgmmas.size() &&
+         w.wgmmas[done].group <= static_cast<s64>(w.wgmmas_committed) - op.imm[0]) {
     complete(w, w.wgmmas[done++]);
   }
   w.wgmmas.erase(w.wgmmas.begin(), w.wgmmas.begin() + done);
