@@ -30,7 +30,8 @@ def to_bytes(value: Any) -> bytes:
 class Buffer:
     """Device memory holding a copy of an array; accesses outside its bytes are findings.
 
-    `read()` returns the memory in the form of the array it was made from.
+    `read()` returns the memory in the form of the array it was made from. The memory lives as long as
+    the object: keep a reference when only the address is passed on, as in an argument struct.
     """
 
     def __init__(self, array: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .syntax import WIDTH, Instruction, Unsupported
 
 # These change neither results nor order: cache and prefetch hints, and promises of the compiler.
-_WITHOUT_EFFECT = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "sync", "aligned", "uni", "L2")
+_WITHOUT_EFFECT = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "sync", "aligned", "L2")
 
 
 def is_hint(modifier: str) -> bool:
