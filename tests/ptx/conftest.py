@@ -14,6 +14,8 @@ KERNELS = Path(__file__).resolve().parent / "kernels"
 SKIP_REASON = "nvcc is not on PATH"
 
 ModuleLoader = Callable[..., Module]
+SummaryLines = list[str]
+_SUMMARY = pytest.StashKey[SummaryLines]()
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +40,12 @@ def ptx_module() -> Iterator[ModuleLoader]:
     yield load
 
 
+@pytest.fixture
+def summary_lines(pytestconfig: pytest.Config) -> SummaryLines:
+    """Lines that a test adds to the summary."""
+    return pytestconfig.stash.setdefault(_SUMMARY, [])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say with which compiler kernels were run, or that they were not."""
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if SKIP_REASON in str(r.longrepr)]
@@ -46,3 +54,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(text, yellow=True, bold=True)
     elif find_nvcc() is not None:
         terminalreporter.write_line(f"PTX executor: kernels compiled by nvcc {nvcc_version()}")
+    for line in terminalreporter.config.stash.get(_SUMMARY, []):
+        terminalreporter.write_line(f"PTX executor: {line}")
