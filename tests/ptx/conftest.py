@@ -1,4 +1,4 @@
-"""The fixtures of kernel tests: compiled modules, or a skip that the summary names where nvcc is absent."""
+"""Fixtures of kernel tests: compiled modules, or a skip that the summary names without nvcc."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def ptx_module() -> Iterator[ModuleLoader]:
         pytest.skip(SKIP_REASON)
     modules: dict[tuple[object, ...], Module] = {}
 
-    def load(source: str | Path, arch: str = "sm_80", *defines: str, include: tuple[Path, ...] = ()) -> Module:
+    def load(
+        source: str | Path, arch: str = "sm_80", *defines: str, include: tuple[Path, ...] = ()
+    ) -> Module:
         path = KERNELS / source
         key = (path, arch, defines, include)
         if key not in modules:
@@ -48,7 +50,9 @@ def summary_lines(pytestconfig: pytest.Config) -> SummaryLines:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say with which compiler kernels were run, or that they were not."""
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if SKIP_REASON in str(r.longrepr)]
+    skipped = [
+        r for r in terminalreporter.stats.get("skipped", []) if SKIP_REASON in str(r.longrepr)
+    ]
     if skipped:
         text = f"PTX executor: {len(skipped)} kernel tests SKIPPED because {SKIP_REASON}"
         terminalreporter.write_line(text, yellow=True, bold=True)

@@ -25,4 +25,6 @@ def to_tf32(values: np.ndarray) -> np.ndarray:
 def relative_error(out: np.ndarray, exact: np.ndarray) -> float:
     """Largest error over the largest exact value; NaN counts as infinite."""
     error = np.abs(out.astype(np.float64) - exact)
-    return float(np.nan_to_num(error, nan=np.inf).max(initial=0) / max(np.abs(exact).max(initial=0), 1e-30))
+    return float(
+        np.nan_to_num(error, nan=np.inf).max(initial=0) / max(np.abs(exact).max(initial=0), 1e-30)
+    )

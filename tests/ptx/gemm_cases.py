@@ -26,7 +26,9 @@ class Run:
     out: np.ndarray
 
 
-def _operands(M: int, N: int, K: int, half: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _operands(
+    M: int, N: int, K: int, half: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(A bits, B bits, scale, exact A·Bᵀ)."""
     rng = np.random.default_rng(M * 7 + N * 5 + K)
     a, b, scale = (rng.standard_normal(s).astype(np.float32) for s in ((M, K), (N, K), (N,)))
@@ -43,21 +45,29 @@ def _tiles(M: int, N: int) -> tuple[int, int]:
     return (N + TILE - 1) // TILE, (M + TILE - 1) // TILE
 
 
-def run_gemm(module: Module, shape: tuple[int, int, int], options: Options | None = None, half: bool = False) -> Run:
+def run_gemm(
+    module: Module, shape: tuple[int, int, int], options: Options | None = None, half: bool = False
+) -> Run:
     """Run gemm_bf16 or gemm_f16."""
     M, N, K = shape
     a, b, scale, product = _operands(M, N, K, half)
     c = Buffer(np.full((M, N), NAN_F16 if half else NAN_BF16, np.uint16))
     args = [Buffer(a), Buffer(b), Buffer(scale), c, M, N, K]
     name = "gemm_f16" if half else "gemm_bf16"
-    result = module.launch(name, _tiles(M, N), THREADS, args, shared_bytes=SHARED_BYTES, outputs=[c], options=options)
+    result = module.launch(
+        name, _tiles(M, N), THREADS, args, shared_bytes=SHARED_BYTES, outputs=[c], options=options
+    )
     out = c.read()
     values = out.view(np.float16) if half else from_bf16(out)
     return Run(result, relative_error(values, product * scale), out)
 
 
 def run_split(
-    module: Module, kernel: str, shape: tuple[int, int, int], k_chunk: int, options: Options | None = None
+    module: Module,
+    kernel: str,
+    shape: tuple[int, int, int],
+    k_chunk: int,
+    options: Options | None = None,
 ) -> Run:
     """Run gemm_split_atomic or gemm_split_ordered."""
     M, N, K = shape
@@ -68,11 +78,20 @@ def run_split(
     extra: list[Buffer] = []
     outputs: list[Buffer | Output] = []
     if ordered:
-        extra = [Buffer(np.full((splits, M, N), np.nan, np.float32)), Buffer(np.zeros(tiles[0] * tiles[1], np.uint32))]
+        extra = [
+            Buffer(np.full((splits, M, N), np.nan, np.float32)),
+            Buffer(np.zeros(tiles[0] * tiles[1], np.uint32)),
+        ]
         outputs = [c, extra[0]]
     args = [Buffer(a), Buffer(b), c, *extra, M, N, K, k_chunk]
     result = module.launch(
-        kernel, (*tiles, splits), THREADS, args, shared_bytes=SHARED_BYTES, outputs=outputs, options=options
+        kernel,
+        (*tiles, splits),
+        THREADS,
+        args,
+        shared_bytes=SHARED_BYTES,
+        outputs=outputs,
+        options=options,
     )
     out = c.read()
     return Run(result, relative_error(out, product), out)

@@ -33,7 +33,7 @@ ret;
 
 @dataclass(frozen=True)
 class Snippet:
-    """`body` reads %i0.. and writes %o0..; inputs and expected outputs hold up to 32 lanes, repeated to fill."""
+    """`body` reads %i0.. and writes %o0..; inputs and expected values repeat to fill 32 lanes."""
 
     name: str
     body: str
@@ -44,13 +44,22 @@ class Snippet:
 
     def entry(self) -> str:
         """The kernel's PTX."""
-        operands = [("i", k, a) for k, a in enumerate(self.inputs)] + [("o", k, a) for k, a in enumerate(self.expected)]
+        operands = [("i", k, a) for k, a in enumerate(self.inputs)] + [
+            ("o", k, a) for k, a in enumerate(self.expected)
+        ]
         params = ", ".join(f".param .u64 {kind}{k}" for kind, k, _ in operands)
-        declarations = "\n".join(f".reg .b{8 * max(a.itemsize, 2)} %{kind}{k};" for kind, k, a in operands)
+        declarations = "\n".join(
+            f".reg .b{8 * max(a.itemsize, 2)} %{kind}{k};" for kind, k, a in operands
+        )
         loads = "\n".join(_access("ld", kind, k, a) for kind, k, a in operands if kind == "i")
         stores = "\n".join(_access("st", kind, k, a) for kind, k, a in operands if kind == "o")
         return _TEMPLATE.format(
-            name=self.name, params=params, declarations=declarations, loads=loads, stores=stores, body=self.body
+            name=self.name,
+            params=params,
+            declarations=declarations,
+            loads=loads,
+            stores=stores,
+            body=self.body,
         )
 
     def module_text(self) -> str:
@@ -61,7 +70,9 @@ class Snippet:
         """Run one warp; returns the launch's result and the outputs."""
         inputs = [Buffer(_fill(a)) for a in self.inputs]
         outputs = [Buffer(np.zeros(LANES, a.dtype)) for a in self.expected]
-        result = Module(self.module_text()).launch(self.name, 1, LANES, [*inputs, *outputs], options=options)
+        result = Module(self.module_text()).launch(
+            self.name, 1, LANES, [*inputs, *outputs], options=options
+        )
         return result, [o.read() for o in outputs]
 
     def check(self) -> None:
@@ -86,7 +97,8 @@ def _access(op: str, kind: str, k: int, array: np.ndarray) -> str:
     bits, register = 8 * array.itemsize, f"%{kind}{k}"
     operands = f"{register}, [%address]" if op == "ld" else f"[%address], {register}"
     return (
-        f"ld.param.u64 %address, [{kind}{k}];\nmad.lo.u64 %address, %lane, {array.itemsize}, %address;\n"
+        f"ld.param.u64 %address, [{kind}{k}];\n"
+        f"mad.lo.u64 %address, %lane, {array.itemsize}, %address;\n"
         f"{op}.global.b{bits} {operands};"
     )
 

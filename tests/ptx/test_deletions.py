@@ -1,6 +1,6 @@
-"""Delete every synchronisation instruction of correct kernels, one at a time: how many does the executor notice?
+"""Delete every synchronisation instruction of correct kernels in turn: how many are noticed?
 
-An instruction whose order matters besides what it does (ld.acquire, st.release, atom.acq_rel) is made relaxed instead.
+An instruction that also does something else (ld.acquire, st.release, atom.acq_rel) is made relaxed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def run_split(module: Module, options: Options) -> Result:
 def run_wgmma(module: Module, options: Options) -> Result:
     """Nine K steps through three stages."""
     timing = test_hopper.AT_RANDOM if options.adversarial else test_hopper.AS_LATE_AS_POSSIBLE
-    options = Options(adversarial=options.adversarial, seed=options.seed, bulk_copy_timing=timing, time_limit=5)
+    options = Options(
+        adversarial=options.adversarial, seed=options.seed, bulk_copy_timing=timing, time_limit=5
+    )
     return test_hopper.run_gemm(module, 130, 72, 520, options)[0]
 
 
@@ -71,12 +73,14 @@ class Study:
 
 
 # Why the rest goes unnoticed:
-#   cp.async.wait_group  The wait after the main loop: the last step's wait has left only empty groups, so nothing is in
-#                        flight. The instruction is redundant.
-#   wgmma.fence          Orders register writes before wgmma reads them. The executor keeps registers in order always.
-#   fence.mbarrier_init  Makes the initialisation visible to the async proxy and the cluster. The executor initialises
-#                        barriers at once, and the block barrier behind it orders the warps.
-#   mbarrier.arrive      The arrival of the last K step hands a stage back that nobody waits for.
+#   cp.async.wait_group  The wait after the main loop: the last step's wait has left only empty
+#                        groups, so nothing is in flight. The instruction is redundant.
+#   wgmma.fence          Orders register writes before wgmma reads them. The executor always keeps
+#                        registers in order: a limit.
+#   fence.mbarrier_init  Shows the initialisation to the async proxy and the cluster. The executor
+#                        initialises barriers at once: a limit. A block barrier orders the warps.
+#   mbarrier.arrive      The arrival of the last K step hands back a stage that nobody waits for.
+#                        The instruction is redundant.
 STUDIES = [
     Study("gemm_sm80.cu", "sm_80", "gemm_bf16", run_gemm, {"cp.async.wait_group": 1}),
     Study("gemm_sm80.cu", "sm_80", "gemm_split_ordered", run_split, {"cp.async.wait_group": 1}),
@@ -88,7 +92,11 @@ STUDIES = [
         "sm_90a",
         "gemm_wgmma",
         run_wgmma,
-        {"wgmma.fence.sync.aligned": 3, "fence.mbarrier_init.release.cluster": 1, "mbarrier.arrive.shared::cta.b64": 1},
+        {
+            "wgmma.fence.sync.aligned": 3,
+            "fence.mbarrier_init.release.cluster": 1,
+            "mbarrier.arrive.shared::cta.b64": 1,
+        },
     ),
 ]
 FRACTION_NOTICED = 56 / 63

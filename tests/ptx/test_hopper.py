@@ -27,7 +27,13 @@ def run_gemm(module: Module, M: int, N: int, K: int, options: Options) -> tuple[
     ]
     grid = ((N + TILE - 1) // TILE, (M + TILE - 1) // TILE)
     result = module.launch(
-        "gemm_wgmma", grid, THREADS, [*maps, Buffer(scale), N, K], shared_bytes=SHARED_BYTES, outputs=[buffers[2]], options=options
+        "gemm_wgmma",
+        grid,
+        THREADS,
+        [*maps, Buffer(scale), N, K],
+        shared_bytes=SHARED_BYTES,
+        outputs=[buffers[2]],
+        options=options,
     )
     exact = (from_bf16(a).astype(float) @ from_bf16(b).astype(float).T) * scale
     return result, relative_error(from_bf16(buffers[2].read()), exact)
@@ -35,8 +41,12 @@ def run_gemm(module: Module, M: int, N: int, K: int, options: Options) -> tuple[
 
 @pytest.mark.parametrize("timing", [AS_LATE_AS_POSSIBLE, AT_RANDOM, AT_ONCE])
 @pytest.mark.parametrize("adversarial", [False, True])
-@pytest.mark.parametrize("shape", [(64, 64, 64), (64, 64, 512), (65, 72, 200), (200, 136, 264)], ids=str)
-def test_gemm_is_right(ptx_module: ModuleLoader, shape: tuple[int, int, int], adversarial: bool, timing: int) -> None:
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 64), (64, 64, 512), (65, 72, 200), (200, 136, 264)], ids=str
+)
+def test_gemm_is_right(
+    ptx_module: ModuleLoader, shape: tuple[int, int, int], adversarial: bool, timing: int
+) -> None:
     options = Options(adversarial=adversarial, bulk_copy_timing=timing)
     result, error = run_gemm(ptx_module("gemm_sm90.cu", "sm_90a"), *shape, options)
     assert result.ok, result.report()
@@ -44,7 +54,7 @@ def test_gemm_is_right(ptx_module: ModuleLoader, shape: tuple[int, int, int], ad
 
 
 def test_counters_of_bulk_copies(ptx_module: ModuleLoader) -> None:
-    """128³: every operand tile is loaded for each of two rows or columns of tiles, the output stored once."""
+    """128³: every operand tile is loaded twice, the output stored once."""
     counters = run_gemm(ptx_module("gemm_sm90.cu", "sm_90a"), 128, 128, 128, Options())[0].counters
     operand, scale_loads = 128 * 128 * 2, 4 * 128 * 128  # each element's thread loads its scale
     assert counters.loads.bytes == 4 * operand + scale_loads
@@ -68,13 +78,18 @@ SEEDS = {
 def test_defect_is_named(ptx_module: ModuleLoader, seed: str) -> None:
     module = ptx_module("gemm_sm90.cu", "sm_90a", seed)
     for timing in (AS_LATE_AS_POSSIBLE, AT_RANDOM):
-        result, _ = run_gemm(module, 130, 72, 520, Options(bulk_copy_timing=timing, adversarial=timing == AT_RANDOM))
+        result, _ = run_gemm(
+            module, 130, 72, 520, Options(bulk_copy_timing=timing, adversarial=timing == AT_RANDOM)
+        )
         assert result.kinds & SEEDS[seed], result.report()
 
 
 def test_mma_of_fp8(ptx_module: ModuleLoader) -> None:
     rng = np.random.default_rng(0)
-    a, b = (torch.from_numpy(rng.standard_normal(s)).to(torch.float8_e4m3fn) for s in ((16, 32), (8, 32)))
+    a, b = (
+        torch.from_numpy(rng.standard_normal(s)).to(torch.float8_e4m3fn)
+        for s in ((16, 32), (8, 32))
+    )
     c = Buffer(np.zeros((16, 8), np.float32))
     module = ptx_module("gemm_sm90.cu", "sm_90a")
     result = module.launch("multiply_e4m3", 1, 32, [Buffer(a), Buffer(b), c], outputs=[c])

@@ -1,4 +1,4 @@
-"""Compiling and caching: once per architecture, again when any source changes, a skip only without nvcc."""
+"""Compiling: once per architecture, again when a source changes, a skip only without nvcc."""
 
 from __future__ import annotations
 
@@ -48,8 +48,20 @@ def test_a_compiler_error_is_shown(sources: Path) -> None:
 def test_without_nvcc_kernel_tests_are_skipped_and_the_summary_says_so(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": str(tmp_path)}
     selection = [str(TESTS / "ptx" / "test_counters.py"), str(TESTS / "ptx" / "test_warp.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "sectors or movmatrix", *selection]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "sectors or movmatrix",
+        *selection,
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=TESTS.parent, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 passed, 7 skipped" in result.stdout
     assert f"PTX executor: 7 kernel tests SKIPPED because {SKIP_REASON}" in result.stdout

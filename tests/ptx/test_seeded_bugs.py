@@ -53,7 +53,9 @@ def test_missing_swizzle_shows_in_the_counters(ptx_module: ModuleLoader) -> None
 
 
 @pytest.mark.parametrize("options", SCHEDULES, ids=SCHEDULE_IDS)
-def test_plus_equals_instead_of_an_atomic_is_named(ptx_module: ModuleLoader, options: Options) -> None:
+def test_plus_equals_instead_of_an_atomic_is_named(
+    ptx_module: ModuleLoader, options: Options
+) -> None:
     module = ptx_module("gemm_sm80.cu", "sm_80", "SEED_PLUS_EQUALS")
     result = run_split(module, "gemm_split_atomic", (64, 64, 128), 32, options).result
     assert Kind.BLOCK_ORDER in result.kinds, result.report()
@@ -64,8 +66,12 @@ SPLIT_SEEDS = ["SEED_NO_RELEASE", "SEED_NO_ACQUIRE", "SEED_NO_BARRIER_BEFORE_REL
 
 @pytest.mark.parametrize("options", SCHEDULES, ids=SCHEDULE_IDS)
 @pytest.mark.parametrize("seed", SPLIT_SEEDS)
-def test_split_without_release_or_acquire_is_named(ptx_module: ModuleLoader, seed: str, options: Options) -> None:
-    run: Run = run_split(ptx_module("gemm_sm80.cu", "sm_80", seed), "gemm_split_ordered", SHAPE, 32, options)
+def test_split_without_release_or_acquire_is_named(
+    ptx_module: ModuleLoader, seed: str, options: Options
+) -> None:
+    run: Run = run_split(
+        ptx_module("gemm_sm80.cu", "sm_80", seed), "gemm_split_ordered", SHAPE, 32, options
+    )
     assert Kind.BLOCK_ORDER in run.result.kinds, run.result.report()
     finding = next(f for f in run.result.findings if f.kind is Kind.BLOCK_ORDER)
     assert finding.op.startswith("ld.global") and finding.other_op.startswith("st.global")

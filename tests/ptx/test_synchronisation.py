@@ -33,9 +33,14 @@ def test_barrier_after_the_exit_of_some_lanes_is_named(ptx_module: ModuleLoader)
 
 @each_schedule
 def test_crossed_barriers_are_a_deadlock(ptx_module: ModuleLoader, options: Options) -> None:
-    result = ptx_module("synchronisation.cu").launch("crossed_barriers", 1, 64, [ints(64)], options=options)
+    result = ptx_module("synchronisation.cu").launch(
+        "crossed_barriers", 1, 64, [ints(64)], options=options
+    )
     assert result.kinds == {Kind.DEADLOCK} and not result.ended
-    assert "warp 0 of block 0" in result.findings[0].message and "PTX line" in result.findings[0].message
+    assert (
+        "warp 0 of block 0" in result.findings[0].message
+        and "PTX line" in result.findings[0].message
+    )
 
 
 def test_spinning_on_a_flag_that_nobody_sets_is_a_deadlock(ptx_module: ModuleLoader) -> None:
@@ -45,17 +50,25 @@ def test_spinning_on_a_flag_that_nobody_sets_is_a_deadlock(ptx_module: ModuleLoa
 
 
 def test_the_watchdog_ends_a_kernel_that_runs_for_ever(ptx_module: ModuleLoader) -> None:
-    result = ptx_module("synchronisation.cu").launch("count_for_ever", 1, 32, [ints(32)], options=Options(time_limit=0.3))
+    result = ptx_module("synchronisation.cu").launch(
+        "count_for_ever", 1, 32, [ints(32)], options=Options(time_limit=0.3)
+    )
     assert result.kinds == {Kind.WATCHDOG} and not result.ended and result.seconds < 2
-    assert result.findings[0].source and result.findings[0].source.file.endswith("synchronisation.cu")
+    assert result.findings[0].source and result.findings[0].source.file.endswith(
+        "synchronisation.cu"
+    )
 
 
 @each_schedule
-def test_missing_barrier_between_warps_is_a_race(ptx_module: ModuleLoader, options: Options) -> None:
+def test_missing_barrier_between_warps_is_a_race(
+    ptx_module: ModuleLoader, options: Options
+) -> None:
     x = Buffer(np.arange(64, dtype=np.int32))
 
     def run(*defines: str) -> Result:
-        return ptx_module("synchronisation.cu", "sm_80", *defines).launch("rotate", 1, 64, [x, ints(64)], options=options)
+        return ptx_module("synchronisation.cu", "sm_80", *defines).launch(
+            "rotate", 1, 64, [x, ints(64)], options=options
+        )
 
     assert run().ok
     races = {Kind.SHARED_READ_AFTER_WRITE, Kind.SHARED_WRITE_AFTER_READ, Kind.UNINITIALISED}
@@ -63,7 +76,9 @@ def test_missing_barrier_between_warps_is_a_race(ptx_module: ModuleLoader, optio
 
 
 @each_schedule
-def test_missing_syncwarp_is_a_race_within_the_warp(ptx_module: ModuleLoader, options: Options) -> None:
+def test_missing_syncwarp_is_a_race_within_the_warp(
+    ptx_module: ModuleLoader, options: Options
+) -> None:
     x = Buffer(np.arange(32, dtype=np.int32))
 
     def run(*defines: str) -> Result:
@@ -82,7 +97,9 @@ def test_reading_uninitialised_shared_memory_is_named(ptx_module: ModuleLoader) 
 
 
 @each_schedule
-def test_exchange_through_global_memory_needs_a_barrier(ptx_module: ModuleLoader, options: Options) -> None:
+def test_exchange_through_global_memory_needs_a_barrier(
+    ptx_module: ModuleLoader, options: Options
+) -> None:
     def run(*defines: str) -> Result:
         module = ptx_module("synchronisation.cu", "sm_80", *defines)
         return module.launch("exchange_in_global", 1, 64, [ints(64), ints(64)], options=options)
@@ -98,13 +115,17 @@ def test_reading_what_another_block_stores_is_named(
 ) -> None:
     """Whichever block runs first: a write after the unordered read is the same race."""
     options = Options(adversarial=options.adversarial, seed=options.seed, resident_blocks=resident)
-    result = ptx_module("synchronisation.cu").launch("read_neighbour", 2, 32, [ints(64), ints(64)], options=options)
+    result = ptx_module("synchronisation.cu").launch(
+        "read_neighbour", 2, 32, [ints(64), ints(64)], options=options
+    )
     assert result.kinds == {Kind.BLOCK_ORDER}
 
 
 @each_schedule
 @pytest.mark.parametrize("kernel", ["take_turns", "take_turns_fenced"])
-def test_blocks_in_turn_need_release_and_acquire(ptx_module: ModuleLoader, kernel: str, options: Options) -> None:
+def test_blocks_in_turn_need_release_and_acquire(
+    ptx_module: ModuleLoader, kernel: str, options: Options
+) -> None:
     def run(*defines: str) -> tuple[Result, np.ndarray]:
         x = ints(100)
         module = ptx_module("synchronisation.cu", "sm_80", *defines)
@@ -113,7 +134,9 @@ def test_blocks_in_turn_need_release_and_acquire(ptx_module: ModuleLoader, kerne
     result, x = run()
     assert result.ok, result.report()
     assert (x == 11).all()  # ((0·2 + 0)·2 + 1)·2 + 2)·2 + 3
-    seeds = ["SEED_NO_RELEASE", "SEED_NO_ACQUIRE"] + (["SEED_BLOCK_SCOPE"] if kernel == "take_turns" else [])
+    seeds = ["SEED_NO_RELEASE", "SEED_NO_ACQUIRE"] + (
+        ["SEED_BLOCK_SCOPE"] if kernel == "take_turns" else []
+    )
     for seed in seeds:
         assert run(seed)[0].kinds == {Kind.BLOCK_ORDER}, seed
 

@@ -1,7 +1,7 @@
 """A function body to basic blocks.
 
-A warp runs a block for a set of lanes. A warp-wide instruction starts a block, so that lanes wait there until all it needs
-have arrived; a guarded one is preceded by a block that branches around it.
+A warp runs a block for a set of lanes. A warp-wide instruction starts a block, so that lanes wait
+there until all it needs have arrived; a guarded one is preceded by a block that branches around it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def _end_of(instruction: Instruction) -> End | None:
 
 def split_into_blocks(body: list[Instruction | Label]) -> tuple[list[Block], list[Instruction]]:
     """Return the blocks, the last one an empty exit, and the instructions by number."""
-    blocks, labels, instructions = [Block()], {}, []
+    blocks = [Block()]
+    labels: dict[str, int] = {}
+    instructions: list[Instruction] = []
 
     def start_block() -> None:
         if blocks[-1].instructions or blocks[-1].end is not End.FALL_THROUGH:

@@ -30,11 +30,12 @@ def to_bytes(value: Any) -> bytes:
 class Buffer:
     """Device memory holding a copy of an array; accesses outside its bytes are findings.
 
-    `read()` returns the memory in the form of the array it was made from. The memory lives as long as
-    the object: keep a reference when only the address is passed on, as in an argument struct.
+    `read()` returns the memory in the form of the array it was made from. The memory lives
+    as long as the object: keep a reference when only the address is passed on, as in a struct.
     """
 
     def __init__(self, array: Any) -> None:
+        """Copy the array."""
         data = to_bytes(array)
         self.num_bytes = len(data)
         self._template = array

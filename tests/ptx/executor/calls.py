@@ -36,6 +36,7 @@ class _Inliner:
     def expand(self, function: Function, callers: tuple[str, ...]) -> Function:
         if function.name in callers:
             raise PtxError(f"PTX line {function.line}: {function.name} is recursive")
+        function = function.parsed()
         out = replace(function, registers=dict(function.registers), body=[])
         out.variables = dict(function.variables)
         for item in function.body:
@@ -50,9 +51,7 @@ class _Inliner:
         callee = self.tree.functions.get(target.name) if isinstance(target, Symbol) else None
         if callee is None:
             raise PtxError(f"PTX line {call.line}: {call.op}: indirect calls are not modelled")
-        if (
-            not callee.body
-        ):  # extern: __assertfail stops the kernel, others are refused when encoded
+        if not callee.is_defined:  # __assertfail stops the kernel; others are refused when encoded
             op = "trap" if callee.name == "__assertfail" else f"call.extern.{callee.name}"
             caller.body.append(replace(call, op=op, operands=()))
             return

@@ -1,4 +1,4 @@
-"""Counters of a launch: global traffic, shared-memory wavefronts, tensor-core work, instructions."""
+"""Counters of a launch: global traffic, shared wavefronts, tensor-core work, instructions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Traffic:
 
 @dataclass
 class SharedTraffic:
-    """Shared memory: wavefronts (passes over the banks) against the fewest that could move the words."""
+    """Wavefronts (passes over the banks) against the fewest that could move the words."""
 
     requests: int = 0
     bytes: int = 0
@@ -141,7 +141,7 @@ def collect(
 
 @dataclass(frozen=True)
 class CounterRow:
-    """One row of the benchmarks' table; compulsory bytes are what DRAM must move whatever the kernel does."""
+    """One row of the benchmarks' table; compulsory bytes are what any kernel must move."""
 
     name: str
     compulsory_bytes: int

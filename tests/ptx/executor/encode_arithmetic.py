@@ -13,12 +13,30 @@ DIRECTIONS = ("rz", "rm", "rp")
 _WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
 
 # Results do not depend on the sign of the type.
-_SIGNLESS = {"add", "sub", "mul", "mad", "and", "or", "xor", "not", "shl", "selp", "mov", "neg", "brev", "popc", "clz", "bfi", "slct"}  # fmt: skip
+_SIGNLESS = {
+    "add",
+    "sub",
+    "mul",
+    "mad",
+    "and",
+    "or",
+    "xor",
+    "not",
+    "shl",
+    "selp",
+    "mov",
+    "neg",
+    "brev",
+    "popc",
+    "clz",
+    "bfi",
+    "slct",
+}
 _FLOAT_ONLY = ("fma", "ex2", "lg2", "sin", "cos", "tanh", "rcp", "sqrt", "rsqrt")
 
 
 def runtime_type(opcode: str, type_: str) -> str:
-    """The type under which the runtime registers an op: .b types are unsigned, as are all where the sign is idle."""
+    """The type under which the runtime registers an op: unsigned where the sign is idle."""
     if type_[0] == "b" and type_ not in FLOATS:
         return "u" + type_[1:]
     if type_[0] == "s" and opcode in _SIGNLESS:
@@ -27,9 +45,10 @@ def runtime_type(opcode: str, type_: str) -> str:
 
 
 class FloatOperands:
-    """Operands of a floating-point instruction with .ftz: subnormal inputs are flushed into scratch registers."""
+    """Operands of a floating-point instruction; .ftz flushes inputs into scratch registers."""
 
     def __init__(self, e: Encoder, type_: str, flush: bool) -> None:
+        """`flush` is whether the instruction has .ftz."""
         self.e, self.type, self.flush, self.num_scratch = e, type_, flush, 0
 
     def source(self, operand: Operand | None) -> int:
@@ -138,7 +157,26 @@ def count_bits(e: Encoder, i: Instruction, m: Modifiers) -> None:
 
 
 _INTEGER_COMPARISONS = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan", "lo", "ls", "hi", "hs")  # fmt: skip
+_COMPARISONS = (
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "equ",
+    "neu",
+    "ltu",
+    "leu",
+    "gtu",
+    "geu",
+    "num",
+    "nan",
+    "lo",
+    "ls",
+    "hi",
+    "hs",
+)
 _COMBINE = {"and": 1, "or": 2, "xor": 3}
 
 
@@ -164,7 +202,7 @@ _TRUE = {"f32": 0x3F800000, "f16": 0x3C00, "f16x2": 0x3C00, "bf16": 0x3F80, "bf1
 
 
 def set_value(e: Encoder, i: Instruction, m: Modifiers) -> None:
-    """Handle set: 1.0 for a float destination, all ones for an integer one; per half for packed operands."""
+    """Handle set: true is 1.0 or all ones, by the destination; per half for packed operands."""
     d_type, type_ = m.types
     comparison = m.require(_COMPARISONS)
     comparison = _INTEGER_COMPARISONS.get(comparison, comparison)

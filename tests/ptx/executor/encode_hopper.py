@@ -12,7 +12,7 @@ from .syntax import Address, Immediate, Instruction, Operand, Unsupported, Vecto
 
 
 def mbarrier(e: Encoder, i: Instruction, m: Modifiers) -> None:
-    """Handle init, inval, expect_tx, arrive, try_wait and test_wait on barriers of the own block."""
+    """Handle init, inval, expect_tx, arrive, try_wait, test_wait on the own block's barriers."""
     m.take("b64", "shared", "shared::cta", "cta", "acquire", "release")
     operands, action = (
         i.operands,

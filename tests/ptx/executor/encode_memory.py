@@ -158,12 +158,12 @@ def atomic(e: Encoder, i: Instruction, m: Modifiers) -> None:
 
 
 def reduction(e: Encoder, i: Instruction, m: Modifiers) -> None:
-    """Handle red and red.async-free forms."""
+    """Handle red."""
     _atomic(e, i, m, returns=False)
 
 
 def fence(e: Encoder, i: Instruction, m: Modifiers) -> None:
-    """Handle fence and membar. A fence of block scope orders nothing between blocks; barriers order a block."""
+    """Handle fence and membar; one of block scope orders nothing between blocks."""
     if m.take("proxy"):
         if m.take("async", "async::generic"):
             e.emit("fence.proxy.async", [])

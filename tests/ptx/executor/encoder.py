@@ -32,7 +32,32 @@ SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW = 0xF0 << 48, 0xF1 << 48, 0xF2 << 48
 WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
 
 # In the order of set_special_registers in scheduler.cpp.
-SPECIAL_REGISTERS = ["%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid", "%warpid", "%lanemask_eq", "%lanemask_lt", "%lanemask_ge", "%lanemask_le", "%lanemask_gt", "%cluster_ctarank", "%cluster_nctarank", "%dynamic_smem_size", "%smid", "%clock"]
+SPECIAL_REGISTERS = [
+    "%tid.x",
+    "%tid.y",
+    "%tid.z",
+    "%ntid.x",
+    "%ntid.y",
+    "%ntid.z",
+    "%ctaid.x",
+    "%ctaid.y",
+    "%ctaid.z",
+    "%nctaid.x",
+    "%nctaid.y",
+    "%nctaid.z",
+    "%laneid",
+    "%warpid",
+    "%lanemask_eq",
+    "%lanemask_lt",
+    "%lanemask_ge",
+    "%lanemask_le",
+    "%lanemask_gt",
+    "%cluster_ctarank",
+    "%cluster_nctarank",
+    "%dynamic_smem_size",
+    "%smid",
+    "%clock",
+]
 _UNTIMED = ("%clock64", "%globaltimer")  # no time passes: they read 0
 
 _LANES = 32
@@ -54,6 +79,7 @@ class Encoder:
         op_index: Callable[[str], int],
         global_address: Callable[[Variable], int],
     ) -> None:
+        """Lay out parameters and variables and split the body into blocks."""
         self.tree, self.op_index, self.global_address = tree, op_index, global_address
         self.entry = inline_calls(tree, entry)
         self.blocks, self.instructions = split_into_blocks(self.entry.body)
@@ -242,6 +268,7 @@ class EncodedKernel:
     """The op table and what is needed to launch it and to read its counters."""
 
     def __init__(self, e: Encoder, blocks: np.ndarray) -> None:
+        """Copy what a launch needs out of the encoder."""
         self.entry, self.instructions, self.blocks = e.entry, e.instructions, e.blocks
         self.block_rows = blocks
         self.ops = np.array(e.ops, ENCODED_OP)

@@ -103,7 +103,7 @@ def _place(line: int, op: str, source: SourceLine | None) -> str:
 
 
 def decode_findings(rows: np.ndarray, instructions: list[Instruction]) -> list[Finding]:
-    """Turn the runtime's records into findings; "@n" in a message becomes the place of instruction n."""
+    """Turn records into findings; "@n" in a message becomes the place of instruction n."""
 
     def instruction(number: int) -> Instruction | None:
         return instructions[number] if 0 <= number < len(instructions) else None

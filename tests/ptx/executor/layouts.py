@@ -1,4 +1,4 @@
-"""The structures that Python and the C++ runtime share. Each mirrors the one of the same name in csrc."""
+"""Structures that Python and the C++ runtime share: each mirrors one of its name in csrc."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ class Token(NamedTuple):
     line: int
 
 
-def tokenize(text: str) -> list[Token]:
+def tokenize(text: str, line: int) -> list[Token]:
     """Split the text; the last token has kind "end"."""
-    tokens, line, position = [], 1, 0
+    tokens, position = [], 0
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None:
@@ -59,3 +59,55 @@ def parse_number(text: str) -> Immediate:
     if "." in text:
         return Immediate(struct.unpack("<Q", struct.pack("<d", float(text)))[0], 8)
     return Immediate(int(text, 8) if len(text) > 1 and text[0] == "0" else int(text))
+
+
+class Tokens:
+    """A cursor over the tokens of a text whose first line is `line` of the module."""
+
+    def __init__(self, text: str, line: int = 1) -> None:
+        """Tokenize."""
+        self._tokens = tokenize(text, line)
+        self._at = 0
+
+    @property
+    def kind(self) -> str:
+        """Kind of the next token."""
+        return self._tokens[self._at].kind
+
+    @property
+    def line(self) -> int:
+        """Line of the next token."""
+        return self._tokens[self._at].line
+
+    def peek(self, ahead: int = 0) -> str:
+        """Text of the next token, or of one further ahead."""
+        return self._tokens[min(self._at + ahead, len(self._tokens) - 1)].text
+
+    def next(self) -> str:
+        """Take the next token."""
+        token = self._tokens[self._at]
+        if token.kind == "end":
+            raise PtxError(f"PTX line {token.line}: the text ends too early")
+        self._at += 1
+        return token.text
+
+    def accept(self, text: str) -> bool:
+        """Take the next token if it is `text`."""
+        if self.peek() != text or self.kind == "string":
+            return False
+        self._at += 1
+        return True
+
+    def expect(self, text: str) -> None:
+        """Take the next token, which must be `text`."""
+        if not self.accept(text):
+            raise PtxError(f"PTX line {self.line}: expected {text!r}, found {self.peek()!r}")
+
+    def skip_past(self, text: str) -> None:
+        """Take tokens up to and including `text`."""
+        while self.next() != text:
+            pass
+
+    def integer(self) -> int:
+        """Take an integer."""
+        return parse_number(self.next()).bits

@@ -1,4 +1,4 @@
-"""The modifiers of one instruction: what nobody takes is refused, so that no modifier is ignored in silence."""
+"""The modifiers of one instruction: what no handler takes is refused."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class Modifiers:
     """Types and the other modifiers, taken one by one."""
 
     def __init__(self, instruction: Instruction) -> None:
+        """Drop hints; keep types apart."""
         parts = instruction.parts[1:]
         self.types = [p for p in parts if p in WIDTH and p != "pred"]
         self.is_predicate = "pred" in parts

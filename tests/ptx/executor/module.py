@@ -47,7 +47,7 @@ class Options:
 
     seed: int = 1
     adversarial: bool = False
-    """Random order of warps and lanes, with preemption between basic blocks. Counters are for plain runs."""
+    """Random order of warps and lanes, preempted between basic blocks; inflates counters."""
     check_races: bool = True
     """Races, unfinished copies, uninitialised reads, order between blocks."""
     poison: bool = True
@@ -64,7 +64,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Output:
-    """A buffer whose bytes (those of `expected`, if given) must be stored exactly once by the launch."""
+    """A buffer whose bytes (those of `expected`, if given) must be stored exactly once."""
 
     buffer: Buffer
     expected: np.ndarray | None = None
@@ -97,13 +97,14 @@ class Result:
 
 Dim = int | Sequence[int]
 Argument = Any
-"""A Buffer (its address), int, float, or what to_bytes() takes; its size must be the parameter's."""
+"""A Buffer (its address), int, float, or what to_bytes() takes, of the parameter's size."""
 
 
 class Module:
     """Parsed PTX. Kernels are encoded on first use; module variables are allocated once."""
 
     def __init__(self, ptx: str) -> None:
+        """Parse the module level."""
         self.tree = parse(ptx)
         self._kernels: dict[str, Kernel] = {}
         self._variables: dict[str, Buffer] = {}
@@ -111,7 +112,7 @@ class Module:
     @property
     def entries(self) -> list[str]:
         """Names of the kernels."""
-        return [f.name for f in self.tree.functions.values() if f.is_entry and f.body]
+        return [f.name for f in self.tree.functions.values() if f.is_entry and f.is_defined]
 
     def kernel(self, name: str) -> Kernel:
         """Encode a kernel, given by its name or a part of it that only one kernel has."""
@@ -146,6 +147,7 @@ class Kernel:
     """One encoded kernel."""
 
     def __init__(self, module: Module, name: str) -> None:
+        """Encode and load."""
         self.name, self.module = name, module
         encoder = Encoder(module.tree, module.tree.functions[name], op_index, module.address_of)
         self.code: EncodedKernel = encoder.encode(_HANDLERS)
@@ -231,7 +233,7 @@ class Kernel:
 
     def _run(self, shape: LaunchShape, outputs: list[Output], options: Options) -> Result:
         k = self.code
-        names = [n for n, _ in OptionsLayout._fields_ if n != "time_limit_ms"]
+        names = [f[0] for f in OptionsLayout._fields_ if f[0] != "time_limit_ms"]
         layout = OptionsLayout(
             *(int(getattr(options, n)) for n in names), int(options.time_limit * 1000)
         )

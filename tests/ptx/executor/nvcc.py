@@ -13,7 +13,7 @@ from pathlib import Path
 from .cache import cached_file, digest
 from .runtime import ExecutorError
 
-# -lineinfo: findings and counters name source lines. The two warnings are about code that a seeded bug leaves unused.
+# -lineinfo: findings and counters name source lines. Warnings: code that a defect leaves unused.
 _FLAGS = ("-ptx", "-std=c++17", "-O3", "-lineinfo", "-diag-suppress=177,550")
 
 

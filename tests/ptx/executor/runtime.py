@@ -13,7 +13,17 @@ from .cache import cached_file, digest
 from .layouts import LaunchShape, OptionsLayout, OutputLayout, ProgramImage, ResultsLayout
 
 _SOURCES = Path(__file__).resolve().parent / "csrc"
-_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-strict-aliasing", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+]
 _FILE_FLAGS = {"rounding.cpp": ["-frounding-math"]}
 
 

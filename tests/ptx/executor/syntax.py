@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 WIDTH = {
@@ -142,6 +143,19 @@ class Function:
     variables: dict[str, Variable] = field(default_factory=dict)
     body: list[Instruction | Label] = field(default_factory=list)
     max_threads: int | None = None
+    parse_body: Callable[[], None] | None = None
+    """Fills registers, variables and body; None for a declaration."""
+
+    @property
+    def is_defined(self) -> bool:
+        """Whether the function has a body."""
+        return self.parse_body is not None
+
+    def parsed(self) -> Function:
+        """Return the function with its body."""
+        if self.parse_body and not self.body:
+            self.parse_body()
+        return self
 
 
 @dataclass

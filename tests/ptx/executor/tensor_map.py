@@ -1,4 +1,4 @@
-"""An emulated cuTensorMapEncodeTiled: checks what the driver documents and returns 128 bytes for the runtime."""
+"""An emulated cuTensorMapEncodeTiled: checks what the driver documents."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tensor_map(
     box: Sequence[int],
     swizzle: str = "none",
 ) -> bytes:
-    """Encode a tensor map: dims and box innermost first, in elements; strides of dimensions 1.. in bytes."""
+    """Encode a map: dims and box innermost first, in elements; strides in bytes."""
     address = buffer.address if isinstance(buffer, Buffer) else buffer
     rank = len(dims)
     _require(1 <= rank <= 5 and len(strides) == rank - 1 and len(box) == rank, "rank")

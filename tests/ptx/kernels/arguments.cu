@@ -19,7 +19,8 @@ extern "C" __global__ void scale_problems(const __grid_constant__ Arguments argu
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) p.y[i * p.step] = p.x[i] * p.factor[i & 3];
 }
 
-extern "C" __global__ void read_past_arguments(const __grid_constant__ Arguments arguments, int index, float* y) {
+extern "C" __global__ void read_past_arguments(const __grid_constant__ Arguments arguments,
+                                               int index, float* y) {
   y[0] = arguments.problems[index].factor[0];
 }
 

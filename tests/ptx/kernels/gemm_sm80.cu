@@ -1,9 +1,10 @@
 // NT GEMM for sm_80: C (M,N) = (A (M,K) · B (N,K)ᵀ) · diag(scale), and two ways to split its K.
 //
-// One block of 4 warps computes a 64 × 64 tile; three stages of cp.async feed ldmatrix and mma.sync. A macro SEED_x
-// plants one defect; without any, the kernel is correct.
+// One block of 4 warps computes a 64 × 64 tile; three stages of cp.async feed ldmatrix and
+// mma.sync. A macro SEED_x plants one defect; without any, the kernel is correct.
 //
-// Shared memory, per stage:   A 64 × 32 16-bit, then B 64 × 32, in 64-byte rows of four 16-byte chunks, swizzled.
+// Shared memory, per stage:   A 64 × 32 16-bit, then B 64 × 32, in 64-byte rows of four 16-byte
+// chunks, swizzled.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
@@ -23,7 +24,9 @@ __device__ uint32_t dynamic_smem() {
 }
 
 __device__ void copy_async(uint32_t target, const void* source, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(bytes)
+               : "memory");
 }
 __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>
@@ -33,23 +36,29 @@ __device__ void wait_for_copies() {
 
 __device__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
 }
 
-__device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
+__device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                         __nv_bfloat16) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Byte offset of a chunk. Two rows share a 128-byte line, so rows r and r + 2 must not use the same chunk.
+// Byte offset of a chunk. Two rows share a 128-byte line, so rows r and r + 2 must not use the same
+// chunk.
 __device__ uint32_t swizzle(int row, int chunk) {
 #if defined(SEED_NO_SWIZZLE)
   return row * 64 + chunk * 16;
@@ -60,7 +69,8 @@ __device__ uint32_t swizzle(int row, int chunk) {
 
 // Rows at and past num_rows and columns at and past k_end are zero-filled: the mma sums them.
 template <class T>
-__device__ void load_tile(uint32_t smem, const T* X, int ld, int first_row, int num_rows, int k, int k_end) {
+__device__ void load_tile(uint32_t smem, const T* X, int ld, int first_row, int num_rows, int k,
+                          int k_end) {
 #pragma unroll
   for (int i = 0; i < kBlockM * 4 / kThreads; ++i) {
     const int c = threadIdx.x + i * kThreads, row = c >> 2, chunk = c & 3;
@@ -70,18 +80,21 @@ __device__ void load_tile(uint32_t smem, const T* X, int ld, int first_row, int 
 #else
     const bool inside = m < num_rows && column < k_end;
 #endif
-    copy_async(smem + swizzle(row, chunk), inside ? X + (size_t)m * ld + column : X, inside ? 16 : 0);
+    copy_async(smem + swizzle(row, chunk), inside ? X + (size_t)m * ld + column : X,
+               inside ? 16 : 0);
   }
 }
 
 template <class T>
-__device__ void multiply_stage(float (&acc)[2][4][4], uint32_t smem_a, uint32_t smem_b, int warp_m, int warp_n) {
+__device__ void multiply_stage(float (&acc)[2][4][4], uint32_t smem_a, uint32_t smem_b, int warp_m,
+                               int warp_n) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int k = 0; k < kBlockK / 16; ++k) {
     uint32_t a[2][4], b[2][4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) load_matrices(a[i], smem_a + swizzle(warp_m + i * 16 + (lane & 15), k * 2 + (lane >> 4)));
+    for (int i = 0; i < 2; ++i)
+      load_matrices(a[i], smem_a + swizzle(warp_m + i * 16 + (lane & 15), k * 2 + (lane >> 4)));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int row = warp_n + j * 16 + (lane & 7) + ((lane >> 4) << 3);
@@ -104,8 +117,8 @@ __device__ void multiply_stage(float (&acc)[2][4][4], uint32_t smem_a, uint32_t 
 // acc += A[m0 :, k_begin : k_end] · B[n0 :, k_begin : k_end]ᵀ.
 // Invariant at the top of the loop: stages it … it + kStages - 2 are in flight.
 template <class T>
-__device__ void mainloop(float (&acc)[2][4][4], const T* A, const T* B, int M, int N, int K, int k_begin, int k_end,
-                         int m0, int n0) {
+__device__ void mainloop(float (&acc)[2][4][4], const T* A, const T* B, int M, int N, int K,
+                         int k_begin, int k_end, int m0, int n0) {
   const int warp = threadIdx.x >> 5, warp_m = (warp >> 1) * 32, warp_n = (warp & 1) * 32;
   const uint32_t base = dynamic_smem();
   const auto load_stage = [&](int stage, int k) {
@@ -168,7 +181,8 @@ __device__ void gemm(const T* A, const T* B, const float* scale, T* C, int M, in
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    gemm_bf16(const __nv_bfloat16* A, const __nv_bfloat16* B, const float* scale, __nv_bfloat16* C, int M, int N, int K) {
+    gemm_bf16(const __nv_bfloat16* A, const __nv_bfloat16* B, const float* scale, __nv_bfloat16* C,
+              int M, int N, int K) {
   gemm(A, B, scale, C, M, N, K);
 }
 
@@ -179,7 +193,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // blockIdx.z takes K range [z·k_chunk, …) and adds its part to C.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    gemm_split_atomic(const __nv_bfloat16* A, const __nv_bfloat16* B, float* C, int M, int N, int K, int k_chunk) {
+    gemm_split_atomic(const __nv_bfloat16* A, const __nv_bfloat16* B, float* C, int M, int N, int K,
+                      int k_chunk) {
   const int m0 = blockIdx.y * kBlockM, n0 = blockIdx.x * kBlockN, k_begin = blockIdx.z * k_chunk;
   float acc[2][4][4] = {};
   mainloop<__nv_bfloat16>(acc, A, B, M, N, K, k_begin, min(K, k_begin + k_chunk), m0, n0);
@@ -193,25 +208,34 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// Adds 1 to a counter that starts at zero. Returns the old value; orders this thread's earlier writes before the
-// increment and its later reads after it.
+// Adds 1 to a counter that starts at zero. Returns the old value; orders this thread's earlier
+// writes before the increment and its later reads after it.
 __device__ uint32_t increment(uint32_t* counter) {
   uint32_t old;
 #if defined(SEED_NO_RELEASE)
-  asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], 1;" : "=r"(old) : "l"(counter) : "memory");
+  asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(old)
+               : "l"(counter)
+               : "memory");
 #elif defined(SEED_NO_ACQUIRE)
-  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(old) : "l"(counter) : "memory");
+  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(old)
+               : "l"(counter)
+               : "memory");
 #else
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(old) : "l"(counter) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(old)
+               : "l"(counter)
+               : "memory");
 #endif
   return old;
 }
 
-// Every split writes its part to workspace (splits, M, N); the block that arrives last at the tile's counter sums the
-// parts in split order, so that C is the same in every run.
+// Every split writes its part to workspace (splits, M, N); the block that arrives last at the
+// tile's counter sums the parts in split order, so that C is the same in every run.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    gemm_split_ordered(const __nv_bfloat16* A, const __nv_bfloat16* B, float* C, float* workspace, uint32_t* counters,
-                       int M, int N, int K, int k_chunk) {
+    gemm_split_ordered(const __nv_bfloat16* A, const __nv_bfloat16* B, float* C, float* workspace,
+                       uint32_t* counters, int M, int N, int K, int k_chunk) {
   __shared__ uint32_t arrivals;
   const int m0 = blockIdx.y * kBlockM, n0 = blockIdx.x * kBlockN, k_begin = blockIdx.z * k_chunk;
   float acc[2][4][4] = {};

@@ -21,11 +21,13 @@ extern "C" __global__ void row_softmax(const float* x, __nv_bfloat16* y, int n) 
   __syncthreads();
   sum = 0;
   for (int w = 0; w < num_warps; ++w) sum += partial[w];
-  for (int i = threadIdx.x; i < n; i += blockDim.x) y[(size_t)blockIdx.x * n + i] = __float2bfloat16(expf(row[i] - top) / sum);
+  for (int i = threadIdx.x; i < n; i += blockDim.x)
+    y[(size_t)blockIdx.x * n + i] = __float2bfloat16(expf(row[i] - top) / sum);
 }
 
 // Collatz steps of each number: a divergent loop. Votes go to ballots, one word per warp.
-extern "C" __global__ void histogram(const int* x, int n, int* bins, int* steps, uint32_t* ballots) {
+extern "C" __global__ void histogram(const int* x, int n, int* bins, int* steps,
+                                     uint32_t* ballots) {
   __shared__ int shared_bins[16];
   if (threadIdx.x < 16) shared_bins[threadIdx.x] = 0;
   __syncthreads();
@@ -40,7 +42,8 @@ extern "C" __global__ void histogram(const int* x, int n, int* bins, int* steps,
   if (threadIdx.x < 16) atomicAdd(&bins[threadIdx.x], shared_bins[threadIdx.x]);
 }
 
-extern "C" __global__ void atomics(float* f, __nv_bfloat162* b, __half2* h, int* s, unsigned long long* u) {
+extern "C" __global__ void atomics(float* f, __nv_bfloat162* b, __half2* h, int* s,
+                                   unsigned long long* u) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   atomicAdd(f, (float)i);
   atomicAdd(b, __floats2bfloat162_rn(1.f, 0.5f));
