@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ptx.executor import Buffer, Module, Options, Output, Result
-from ptx.formats import from_bf16, relative_error, to_bf16
+from ptx.formats import relative_error
 
 TILE, STAGES, THREADS = 64, 3, 128
 SHARED_BYTES = STAGES * 2 * TILE * 32 * 2
-NAN_BF16, NAN_F16 = 0x7FC0, 0x7E00
+ONE_ROUNDING = 2.0**-8  # to bf16, relative
 
 # M, N, K: one tile, several, ragged edges in every dimension, a single row, a single K step.
 SHAPES = [(64, 64, 64), (128, 64, 96), (65, 70, 40), (1, 8, 8), (33, 127, 104), (200, 66, 256)]
@@ -19,26 +20,15 @@ SHAPES = [(64, 64, 64), (128, 64, 96), (65, 70, 40), (1, 8, 8), (33, 127, 104), 
 
 @dataclass(frozen=True)
 class Run:
-    """A launch, its relative error against float64, and the output bits."""
+    """A launch, its relative error against float64, and the output."""
 
     result: Result
     error: float
-    out: np.ndarray
+    out: torch.Tensor
 
 
-def _operands(
-    M: int, N: int, K: int, half: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(A bits, B bits, scale, exact A·Bᵀ)."""
-    rng = np.random.default_rng(M * 7 + N * 5 + K)
-    a, b, scale = (rng.standard_normal(s).astype(np.float32) for s in ((M, K), (N, K), (N,)))
-    if half:
-        a_bits, b_bits = a.astype(np.float16).view(np.uint16), b.astype(np.float16).view(np.uint16)
-        a, b = a_bits.view(np.float16), b_bits.view(np.float16)
-    else:
-        a_bits, b_bits = to_bf16(a), to_bf16(b)
-        a, b = from_bf16(a_bits), from_bf16(b_bits)
-    return a_bits, b_bits, scale, a.astype(np.float64) @ b.astype(np.float64).T
+def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def _tiles(M: int, N: int) -> tuple[int, int]:
@@ -46,20 +36,33 @@ def _tiles(M: int, N: int) -> tuple[int, int]:
 
 
 def run_gemm(
-    module: Module, shape: tuple[int, int, int], options: Options | None = None, half: bool = False
+    module: Module,
+    shape: tuple[int, int, int],
+    options: Options | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    check_values: bool = False,
 ) -> Run:
-    """Run gemm_bf16 or gemm_f16."""
+    """Run gemm_bf16 or gemm_f16; check_values makes a wrong result a finding."""
     M, N, K = shape
-    a, b, scale, product = _operands(M, N, K, half)
-    c = Buffer(np.full((M, N), NAN_F16 if half else NAN_BF16, np.uint16))
-    args = [Buffer(a), Buffer(b), Buffer(scale), c, M, N, K]
-    name = "gemm_f16" if half else "gemm_bf16"
+    a, b, scale = (
+        _random((M, K), dtype, 1),
+        _random((N, K), dtype, 2),
+        _random((N,), torch.float32, 3),
+    )
+    exact = ((a.double() @ b.double().T) * scale.double()).numpy()
+    c = Buffer(torch.full((M, N), torch.nan, dtype=dtype))
+    output = Output(c, exact=exact if check_values else None, max_error=ONE_ROUNDING)
     result = module.launch(
-        name, _tiles(M, N), THREADS, args, shared_bytes=SHARED_BYTES, outputs=[c], options=options
+        "gemm_f16" if dtype is torch.float16 else "gemm_bf16",
+        _tiles(M, N),
+        THREADS,
+        [Buffer(a), Buffer(b), Buffer(scale), c, M, N, K],
+        shared_bytes=SHARED_BYTES,
+        outputs=[output],
+        options=options,
     )
     out = c.read()
-    values = out.view(np.float16) if half else from_bf16(out)
-    return Run(result, relative_error(values, product * scale), out)
+    return Run(result, relative_error(out.double().numpy(), exact), out)
 
 
 def run_split(
@@ -71,27 +74,22 @@ def run_split(
 ) -> Run:
     """Run gemm_split_atomic or gemm_split_ordered."""
     M, N, K = shape
-    a, b, _, product = _operands(M, N, K, half=False)
+    a, b = _random((M, K), torch.bfloat16, 1), _random((N, K), torch.bfloat16, 2)
     splits, tiles = (K + k_chunk - 1) // k_chunk, _tiles(M, N)
     ordered = kernel == "gemm_split_ordered"
-    c = Buffer(np.full((M, N), np.nan if ordered else 0, np.float32))
+    c = Buffer(torch.full((M, N), torch.nan if ordered else 0.0))
     extra: list[Buffer] = []
-    outputs: list[Buffer | Output] = []
     if ordered:
-        extra = [
-            Buffer(np.full((splits, M, N), np.nan, np.float32)),
-            Buffer(np.zeros(tiles[0] * tiles[1], np.uint32)),
-        ]
-        outputs = [c, extra[0]]
-    args = [Buffer(a), Buffer(b), c, *extra, M, N, K, k_chunk]
+        workspace = Buffer(torch.full((splits, M, N), torch.nan))
+        extra = [workspace, Buffer(np.zeros(tiles[0] * tiles[1], np.uint32))]
     result = module.launch(
         kernel,
         (*tiles, splits),
         THREADS,
-        args,
+        [Buffer(a), Buffer(b), c, *extra, M, N, K, k_chunk],
         shared_bytes=SHARED_BYTES,
-        outputs=outputs,
+        outputs=[c, extra[0]] if ordered else [],
         options=options,
     )
     out = c.read()
-    return Run(result, relative_error(out, product), out)
+    return Run(result, relative_error(out.numpy(), (a.double() @ b.double().T).numpy()), out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptx.conftest import ModuleLoader
+from ptx.conftest import KERNELS, ModuleLoader
 from ptx.executor import Buffer, counter_row, counter_table, line_table
 from ptx.executor.counters import Counts
 
@@ -56,7 +56,7 @@ def test_counters_per_source_line(ptx_module: ModuleLoader) -> None:
     c = ptx_module("access_patterns.cu").launch("read_twice", 2, 32, [x, y]).counters
 
     def line(text: str) -> Counts:
-        source = (ptx_module.__globals__["KERNELS"] / "access_patterns.cu").read_text().splitlines()
+        source = (KERNELS / "access_patterns.cu").read_text().splitlines()
         number = next(n for n, words in enumerate(source, 1) if text in words)
         return next(v for k, v in c.by_line.items() if getattr(k, "line", 0) == number)
 

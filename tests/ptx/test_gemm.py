@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ptx.conftest import ModuleLoader
 from ptx.executor import Options
-from ptx.gemm_cases import SHAPES, run_gemm, run_split
+from ptx.gemm_cases import ONE_ROUNDING, SHAPES, run_gemm, run_split
 
 PLAIN = Options()
 ADVERSARIAL = [Options(adversarial=True, seed=s) for s in (1, 2)]
@@ -14,14 +15,18 @@ ADVERSARIAL = [Options(adversarial=True, seed=s) for s in (1, 2)]
 
 @pytest.mark.parametrize("options", [PLAIN, *ADVERSARIAL], ids=["plain", "seed1", "seed2"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("half", [False, True], ids=["bf16", "f16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_gemm_is_right_at_ragged_edges(
-    ptx_module: ModuleLoader, arch: str, half: bool, shape: tuple[int, int, int], options: Options
+    ptx_module: ModuleLoader,
+    arch: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    options: Options,
 ) -> None:
-    run = run_gemm(ptx_module("gemm_sm80.cu", arch), shape, options, half)
+    run = run_gemm(ptx_module("gemm_sm80.cu", arch), shape, options, dtype)
     assert run.result.ok, run.result.report()
-    assert run.error <= 2.0**-8  # one rounding to bf16
+    assert run.error <= ONE_ROUNDING
 
 
 @pytest.mark.parametrize("kernel", ["gemm_split_atomic", "gemm_split_ordered"])
@@ -40,7 +45,7 @@ def test_ordered_split_gives_the_same_bits_in_every_schedule(ptx_module: ModuleL
         run_split(ptx_module("gemm_sm80.cu"), "gemm_split_ordered", (65, 70, 160), 32, options)
         for options in (PLAIN, *ADVERSARIAL)
     ]
-    assert all((r.out == runs[0].out).all() for r in runs)
+    assert all(torch.equal(r.out, runs[0].out) for r in runs)
 
 
 def test_the_same_seed_gives_the_same_schedule(ptx_module: ModuleLoader) -> None:

@@ -38,18 +38,23 @@ def test_unfinished_copies_show_in_the_numbers_too(ptx_module: ModuleLoader) -> 
         assert not run.error < 1
 
 
-def test_swapped_operands_show_in_the_numbers(ptx_module: ModuleLoader) -> None:
-    """No access is wrong, so no finding can name it: the comparison with float64 must."""
-    run = run_gemm(ptx_module("gemm_sm80.cu", "sm_80", "SEED_SWAPPED_OPERANDS"), SHAPE)
-    assert run.result.ok and run.error > 0.1
+def test_swapped_operands_are_a_wrong_result(ptx_module: ModuleLoader) -> None:
+    """No access is wrong: the comparison with the exact result must name it."""
+    module = ptx_module("gemm_sm80.cu", "sm_80", "SEED_SWAPPED_OPERANDS")
+    result = run_gemm(module, SHAPE, check_values=True).result
+    assert result.kinds == {Kind.WRONG_RESULT}, result.report()
+    assert run_gemm(ptx_module("gemm_sm80.cu"), SHAPE, check_values=True).result.ok
 
 
-def test_missing_swizzle_shows_in_the_counters(ptx_module: ModuleLoader) -> None:
-    good = run_gemm(ptx_module("gemm_sm80.cu"), (128, 128, 128))
-    bad = run_gemm(ptx_module("gemm_sm80.cu", "sm_80", "SEED_NO_SWIZZLE"), (128, 128, 128))
-    assert bad.result.ok and bad.error == good.error
-    assert good.result.counters.shared["ldmatrix"].conflict_factor == 1.0
+def test_missing_swizzle_is_a_bank_conflict(ptx_module: ModuleLoader) -> None:
+    options = Options(max_conflict_factor=1.0)
+    good = run_gemm(ptx_module("gemm_sm80.cu"), (128, 128, 128), options)
+    module = ptx_module("gemm_sm80.cu", "sm_80", "SEED_NO_SWIZZLE")
+    bad = run_gemm(module, (128, 128, 128), options)
+    assert good.result.ok, good.result.report()
+    assert bad.result.kinds == {Kind.BANK_CONFLICT} and bad.error == good.error
     assert bad.result.counters.shared["ldmatrix"].conflict_factor == 4.0
+    assert {f.op.split(".")[0] for f in bad.result.findings} == {"ldmatrix"}
 
 
 @pytest.mark.parametrize("options", SCHEDULES, ids=SCHEDULE_IDS)

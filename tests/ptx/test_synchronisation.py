@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -57,6 +63,34 @@ def test_the_watchdog_ends_a_kernel_that_runs_for_ever(ptx_module: ModuleLoader)
     assert result.findings[0].source and result.findings[0].source.file.endswith(
         "synchronisation.cu"
     )
+
+
+def children() -> list[int]:
+    """Process ids of this process's children."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == os.getpid():
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "kind"), [(signal.SIGSEGV, Kind.CRASH), (signal.SIGSTOP, Kind.WATCHDOG)]
+)
+def test_a_child_that_dies_or_hangs_is_a_finding(
+    ptx_module: ModuleLoader, signal_number: signal.Signals, kind: Kind
+) -> None:
+    kernel = ptx_module("synchronisation.cu").kernel("count_for_ever")
+    before = set(children())
+
+    def strike() -> None:
+        (child,) = set(children()) - before
+        os.kill(child, signal_number)
+
+    threading.Timer(0.2, strike).start()
+    result = kernel.launch(1, 32, [ints(32)], options=Options(time_limit=0.5))
+    assert result.kinds == {kind} and not result.ended and result.seconds < 5
 
 
 @each_schedule

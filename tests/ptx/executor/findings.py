@@ -14,7 +14,7 @@ _NOBODY = 0xFFFFFFFF
 
 
 class Kind(IntEnum):
-    """Names of findings; mirrored by grid.h."""
+    """Names of findings; those that the runtime reports are mirrored by grid.h."""
 
     OUT_OF_BOUNDS = 1
     MISALIGNED = 2
@@ -36,6 +36,8 @@ class Kind(IntEnum):
     BLOCK_ORDER = 18
     GLOBAL_RACE = 19
     CRASH = 20
+    BANK_CONFLICT = 21
+    WRONG_RESULT = 22
 
 
 DESCRIPTIONS = {
@@ -59,6 +61,8 @@ DESCRIPTIONS = {
     Kind.BLOCK_ORDER: "no release/acquire orders this access after another block's",
     Kind.GLOBAL_RACE: "global-memory race within a block",
     Kind.CRASH: "the executor process crashed",
+    Kind.BANK_CONFLICT: "more shared-memory wavefronts than allowed",
+    Kind.WRONG_RESULT: "output differs from the exact result",
 }
 
 
@@ -96,6 +100,26 @@ class Finding:
         if self.count > 1:
             text += f", {self.count} times"
         return text + (f": {self.message}" if self.message else "")
+
+
+def finding_at(kind: Kind, message: str, i: Instruction | None = None) -> Finding:
+    """Make a finding that no thread is to blame for."""
+    return Finding(
+        kind=kind,
+        line=i.line if i else None,
+        op=i.op if i else "",
+        source=i.source if i else None,
+        other_line=None,
+        other_op="",
+        other_source=None,
+        block=None,
+        thread=None,
+        other_block=None,
+        other_thread=None,
+        address=0,
+        count=1,
+        message=message,
+    )
 
 
 def _place(line: int, op: str, source: SourceLine | None) -> str:

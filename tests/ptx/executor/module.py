@@ -15,7 +15,7 @@ from . import encode_arithmetic, encode_convert, encode_hopper, encode_memory, e
 from .buffers import Buffer, to_bytes
 from .counters import Counters, collect
 from .encoder import EncodedKernel, Encoder
-from .findings import Finding, Kind, decode_findings
+from .findings import Finding, Kind, decode_findings, finding_at
 from .layouts import (
     FINDING,
     INSTRUCTION_COUNT,
@@ -27,7 +27,7 @@ from .layouts import (
 )
 from .parser import parse
 from .runtime import ExecutorError, op_index, runtime
-from .syntax import Variable
+from .syntax import Instruction, Variable
 
 MAX_PARAM_BYTES = 32_764
 MAX_THREADS = 1024
@@ -58,6 +58,8 @@ class Options:
     bulk_copy_timing: int = 0
     """When bulk copies land: 0 as late as possible, 1 at random, 2 at once."""
     max_findings: int = 32
+    max_conflict_factor: float | None = None
+    """Wavefronts of a shared-memory instruction over the ideal; more is a finding."""
     time_limit: float = 60.0
     """Seconds until the watchdog ends the launch."""
 
@@ -68,6 +70,10 @@ class Output:
 
     buffer: Buffer
     expected: np.ndarray | None = None
+    exact: np.ndarray | None = None
+    """What the buffer must hold after the launch, in float64."""
+    max_error: float = 0.0
+    """Largest difference from `exact`, relative to its largest value."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +270,8 @@ class Kernel:
         found = decode_findings(findings[: results.num_findings], k.instructions)
         if outcome:
             found.append(_process_finding(outcome, options))
+        found += _bank_conflicts(k.instructions, counts, options)
+        found += [f for o in outputs if (f := _wrong_result(o))]
         return Result(
             found,
             not outcome and not results.fatal,
@@ -277,7 +285,42 @@ def _process_finding(outcome: int, options: Options) -> Finding:
         1: (Kind.WATCHDOG, f"killed after {2 * options.time_limit + 2:.0f} s"),
         2: (Kind.CRASH, "the child process ended by a signal"),
     }.get(outcome, (Kind.CRASH, "the child process could not be started"))
-    return Finding(kind, None, "", None, None, "", None, None, None, None, None, 0, 1, message)
+    return finding_at(kind, message)
+
+
+def _bank_conflicts(
+    instructions: list[Instruction], counts: np.ndarray, options: Options
+) -> list[Finding]:
+    """Instructions with more wavefronts than allowed."""
+    limit = options.max_conflict_factor
+    if limit is None:
+        return []
+    found = []
+    for i, row in zip(instructions, counts, strict=False):
+        wavefronts, ideal = int(row["wavefronts"]), int(row["ideal_wavefronts"])
+        if wavefronts > limit * ideal:
+            message = f"{wavefronts} wavefronts, {wavefronts / ideal:.2f} times the ideal {ideal}"
+            found.append(finding_at(Kind.BANK_CONFLICT, message, i))
+    return found
+
+
+def _wrong_result(output: Output) -> Finding | None:
+    """Compare a buffer with its exact contents; NaN is wrong."""
+    if output.exact is None:
+        return None
+    values = output.buffer.read()
+    if hasattr(values, "untyped_storage"):
+        values = values.double().numpy()
+    exact = np.asarray(output.exact, np.float64)
+    error = np.nan_to_num(np.abs(values.astype(np.float64) - exact), nan=np.inf)
+    allowed = output.max_error * np.abs(exact).max(initial=0)
+    if not (error > allowed).any():
+        return None
+    worst = np.unravel_index(int(error.argmax()), error.shape)
+    where = ", ".join(str(int(w)) for w in worst)
+    message = f"element ({where}) is {values[worst]}, exact {exact[worst]}; "
+    message += f"{int((error > allowed).sum())} of {error.size} are off by more than {allowed:.3g}"
+    return finding_at(Kind.WRONG_RESULT, message)
 
 
 def _expected_bytes(output: Output) -> np.ndarray:

@@ -9,8 +9,8 @@ namespace ptx {
 namespace {
 
 constexpr s64 kPlainFuel = 1 << 12;  // backward jumps before another warp gets its turn
-constexpr u64 kPlainSpins = 3000;    // rounds without a store, barrier or exit: spinning for ever
-constexpr u64 kAdversarialSpins = 300000;
+constexpr u64 kPlainSpins = 300;     // rounds without a store, barrier or exit: spinning for ever
+constexpr u64 kAdversarialSpins = 30000;
 
 struct LaneGroup {
   u32 pc, lanes;
