@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,7 +40,6 @@ class Snippet:
     inputs: Sequence[np.ndarray]
     expected: Sequence[np.ndarray]
     arch: str = "sm_80"
-    findings: tuple[str, ...] = field(default=())
 
     def entry(self) -> str:
         """The kernel's PTX."""
@@ -81,6 +80,13 @@ class Snippet:
         assert result.ok, result.report()
         for out, expected in zip(outputs, self.expected, strict=True):
             np.testing.assert_array_equal(_bits(out), _bits(_fill(expected)), err_msg=self.name)
+
+
+def op(
+    name: str, text: str, inputs: list[np.ndarray], *expected: np.ndarray, arch: str = "sm_80"
+) -> Snippet:
+    """Make a snippet of one instruction or a few."""
+    return Snippet(name, text, inputs, expected, arch)
 
 
 def _fill(values: np.ndarray) -> np.ndarray:

@@ -11,18 +11,13 @@ import torch
 from ptx.conftest import ModuleLoader
 from ptx.executor import Buffer, ExecutorError, Kind, Module, Options, Output, Unsupported
 from ptx.formats import from_bf16
+from ptx.lane_values import u32
 from ptx.snippets import LANES, Snippet
 
 LANE = np.arange(LANES, dtype=np.uint32)
 
 
-def u32(*values: int) -> np.ndarray:
-    """32-bit lanes."""
-    return np.array([v & 0xFFFFFFFF for v in values], np.uint32)
-
-
-ADDRESS = "mov.u32 %r0, shared_bytes; shl.b32 %r1, %i0, 4; "
-"add.u32 %r0, %r0, %r1; "
+ADDRESS = "mov.u32 %r0, shared_bytes; shl.b32 %r1, %i0, 4; add.u32 %r0, %r0, %r1; "
 CASES = [
     Snippet(
         "sign_extension",

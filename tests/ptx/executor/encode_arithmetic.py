@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .encoder import Encoder, Handlers
 from .modifiers import Modifiers
-from .syntax import WIDTH, Immediate, Instruction, Operand, Register, Vector
+from .syntax import WIDTH, Immediate, Instruction, Operand, Register, Unsupported, Vector
 
 FLOATS = ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
 DIRECTIONS = ("rz", "rm", "rp")
@@ -44,6 +44,16 @@ def runtime_type(opcode: str, type_: str) -> str:
     return type_
 
 
+_UNARY = ("abs", "neg", "not", "brev", *_FLOAT_ONLY[1:])
+
+
+def _require_arity(i: Instruction) -> None:
+    """Refuse forms with more operands than are modelled, such as a min of three."""
+    expected = 1 if i.opcode in _UNARY else 3 if i.opcode in ("fma", "mad") else 2
+    if len(i.operands) - 1 != expected:
+        raise Unsupported(f"{i.opcode} takes {expected} sources, got {len(i.operands) - 1}")
+
+
 class FloatOperands:
     """Operands of a floating-point instruction; .ftz flushes inputs into scratch registers."""
 
@@ -64,6 +74,7 @@ class FloatOperands:
 
 def emit_elementwise(e: Encoder, i: Instruction, name: str, type_: str, m: Modifiers) -> None:
     """Emit d = f(a, b, ...) with .ftz, .sat and a rounding direction where the type is a float."""
+    _require_arity(i)
     is_float = type_ in FLOATS
     flush = is_float and m.take("ftz")
     saturate = type_ == "f32" and m.take("sat")

@@ -5,9 +5,20 @@
 //
 // Shared memory, per stage:   A 64 × 32 16-bit, then B 64 × 32, in 64-byte rows of four 16-byte
 // chunks, swizzled.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <stdint.h>
+
+// The 16-bit types without cuda_bf16.h and cuda_fp16.h, which take longer to compile than the
+// kernel.
+struct BF16 {
+  uint16_t bits;
+  BF16() = default;
+  __device__ explicit BF16(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+};
+struct F16 {
+  uint16_t bits;
+  F16() = default;
+  __device__ explicit F16(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+};
 
 constexpr int kBlockM = 64, kBlockN = 64, kBlockK = 32, kStages = 3, kThreads = 128;
 constexpr int kBytesA = kBlockM * kBlockK * 2, kStageBytes = (kBlockM + kBlockN) * kBlockK * 2;
@@ -41,15 +52,14 @@ __device__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
                : "memory");
 }
 
-__device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                         __nv_bfloat16) {
+__device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BF16) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
+__device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, F16) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
@@ -181,23 +191,21 @@ __device__ void gemm(const T* A, const T* B, const float* scale, T* C, int M, in
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    gemm_bf16(const __nv_bfloat16* A, const __nv_bfloat16* B, const float* scale, __nv_bfloat16* C,
-              int M, int N, int K) {
+    gemm_bf16(const BF16* A, const BF16* B, const float* scale, BF16* C, int M, int N, int K) {
   gemm(A, B, scale, C, M, N, K);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-    gemm_f16(const __half* A, const __half* B, const float* scale, __half* C, int M, int N, int K) {
+    gemm_f16(const F16* A, const F16* B, const float* scale, F16* C, int M, int N, int K) {
   gemm(A, B, scale, C, M, N, K);
 }
 
 // blockIdx.z takes K range [z·k_chunk, …) and adds its part to C.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    gemm_split_atomic(const __nv_bfloat16* A, const __nv_bfloat16* B, float* C, int M, int N, int K,
-                      int k_chunk) {
+    gemm_split_atomic(const BF16* A, const BF16* B, float* C, int M, int N, int K, int k_chunk) {
   const int m0 = blockIdx.y * kBlockM, n0 = blockIdx.x * kBlockN, k_begin = blockIdx.z * k_chunk;
   float acc[2][4][4] = {};
-  mainloop<__nv_bfloat16>(acc, A, B, M, N, K, k_begin, min(K, k_begin + k_chunk), m0, n0);
+  mainloop<BF16>(acc, A, B, M, N, K, k_begin, min(K, k_begin + k_chunk), m0, n0);
   for_each_accumulator(acc, m0, n0, [&](int m, int n, float value) {
     if (m >= M || n >= N) return;
 #if defined(SEED_PLUS_EQUALS)
@@ -234,12 +242,12 @@ __device__ uint32_t increment(uint32_t* counter) {
 // Every split writes its part to workspace (splits, M, N); the block that arrives last at the
 // tile's counter sums the parts in split order, so that C is the same in every run.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    gemm_split_ordered(const __nv_bfloat16* A, const __nv_bfloat16* B, float* C, float* workspace,
-                       uint32_t* counters, int M, int N, int K, int k_chunk) {
+    gemm_split_ordered(const BF16* A, const BF16* B, float* C, float* workspace, uint32_t* counters,
+                       int M, int N, int K, int k_chunk) {
   __shared__ uint32_t arrivals;
   const int m0 = blockIdx.y * kBlockM, n0 = blockIdx.x * kBlockN, k_begin = blockIdx.z * k_chunk;
   float acc[2][4][4] = {};
-  mainloop<__nv_bfloat16>(acc, A, B, M, N, K, k_begin, min(K, k_begin + k_chunk), m0, n0);
+  mainloop<BF16>(acc, A, B, M, N, K, k_begin, min(K, k_begin + k_chunk), m0, n0);
   for_each_accumulator(acc, m0, n0, [&](int m, int n, float value) {
     if (m < M && n < N) workspace[((size_t)blockIdx.z * M + m) * N + n] = value;
   });

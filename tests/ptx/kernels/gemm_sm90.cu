@@ -3,9 +3,11 @@
 // A producer warp fills three stages by TMA (128-byte swizzle); a consumer warpgroup multiplies
 // them by wgmma. Full and empty mbarriers hand the stages over. The 64 × 64 tile leaves through
 // stmatrix, a proxy fence and a TMA store. A macro SEED_x plants one defect.
-#include <cuda.h>
-#include <cuda_bf16.h>
 #include <stdint.h>
+
+struct alignas(64) TensorMap {  // CUtensorMap
+  uint64_t opaque[16];
+};
 
 constexpr int kBlockM = 64, kBlockN = 64, kBlockK = 64, kStages = 3, kProducer = 4;
 constexpr int kBytesA = kBlockM * kBlockK * 2, kBytesB = kBlockN * kBlockK * 2,
@@ -31,7 +33,7 @@ __device__ void wait(uint32_t barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-__device__ void load_box(uint32_t target, const CUtensorMap* map, int x, int y, uint32_t barrier) {
+__device__ void load_box(uint32_t target, const TensorMap* map, int x, int y, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
       "{%3, %4}], [%2];" ::"r"(target),
@@ -64,8 +66,8 @@ struct Barriers {
   uint64_t full[kStages], empty[kStages];
 };
 
-__device__ void produce(Barriers& barriers, uint32_t base, const CUtensorMap* map_a,
-                        const CUtensorMap* map_b, int num_steps, int m0, int n0) {
+__device__ void produce(Barriers& barriers, uint32_t base, const TensorMap* map_a,
+                        const TensorMap* map_b, int num_steps, int m0, int n0) {
   for (int i = 0; i < num_steps; ++i) {
     const int stage = i % kStages, phase = i / kStages & 1;
 #if !defined(SEED_NO_EMPTY_WAIT)
@@ -108,7 +110,7 @@ __device__ void consume(float (&d)[32], Barriers& barriers, uint32_t base, int n
   }
 }
 
-__device__ void store_tile(const float (&d)[32], const float* scale, const CUtensorMap* map_c,
+__device__ void store_tile(const float (&d)[32], const float* scale, const TensorMap* map_c,
                            uint32_t tile, int m0, int n0, int N) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 #pragma unroll
@@ -117,9 +119,9 @@ __device__ void store_tile(const float (&d)[32], const float* scale, const CUten
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const int e = (j + (q >> 1)) * 4 + (q & 1) * 2, n = n0 + (j + (q >> 1)) * 8 + (lane & 3) * 2;
-      const __nv_bfloat162 v = __floats2bfloat162_rn(d[e] * (n < N ? scale[n] : 0.f),
-                                                     d[e + 1] * (n + 1 < N ? scale[n + 1] : 0.f));
-      r[q] = *reinterpret_cast<const uint32_t*>(&v);
+      const float low = d[e] * (n < N ? scale[n] : 0.f);
+      const float high = d[e + 1] * (n + 1 < N ? scale[n + 1] : 0.f);
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r[q]) : "f"(high), "f"(low));
     }
     const int row = warp * 16 + (lane & 7) + (lane >> 3 & 1) * 8, chunk = j + (lane >> 4);
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
@@ -145,8 +147,8 @@ __device__ void store_tile(const float (&d)[32], const float* scale, const CUten
 }
 
 extern "C" __global__ void __launch_bounds__(160)
-    gemm_wgmma(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
-               const __grid_constant__ CUtensorMap map_c, const float* scale, int N, int K) {
+    gemm_wgmma(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
+               const __grid_constant__ TensorMap map_c, const float* scale, int N, int K) {
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ __align__(8) Barriers barriers;
   const int m0 = blockIdx.y * kBlockM, n0 = blockIdx.x * kBlockN,
