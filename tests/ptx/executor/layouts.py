@@ -50,6 +50,11 @@ FINDING = np.dtype(
 )
 
 
+def findings_capacity(max_findings: int) -> int:
+    """Records for every kind of finding of the runtime, and one more."""
+    return 20 * max_findings + 1
+
+
 class OptionsLayout(C.Structure):
     """Options of a launch."""
 

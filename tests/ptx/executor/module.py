@@ -24,6 +24,7 @@ from .layouts import (
     OutputLayout,
     ProgramImage,
     ResultsLayout,
+    findings_capacity,
 )
 from .parser import parse
 from .runtime import ExecutorError, op_index, runtime
@@ -58,6 +59,7 @@ class Options:
     bulk_copy_timing: int = 0
     """When bulk copies land: 0 as late as possible, 1 at random, 2 at once."""
     max_findings: int = 32
+    """Of each kind."""
     max_conflict_factor: float | None = None
     """Wavefronts of a shared-memory instruction over the ideal; more is a finding."""
     time_limit: float = 60.0
@@ -97,8 +99,17 @@ class Result:
         return {f.kind for f in self.findings}
 
     def report(self) -> str:
-        """One line per finding."""
-        return "\n".join(["ok" if self.ok else "FAILED", *(f"  {f}" for f in self.findings)])
+        """One line per kind of finding and pair of source lines."""
+        groups: dict[object, list[Finding]] = {}
+        for f in self.findings:
+            groups.setdefault(
+                (f.kind, f.source or f.line, f.other_source or f.other_line), []
+            ).append(f)
+        lines = ["ok" if self.ok else "FAILED"]
+        for first, *others in groups.values():
+            more = f" [and at {len(others)} more PTX lines of this source]" if others else ""
+            lines.append(f"  {first}{more}")
+        return "\n".join(lines)
 
 
 Dim = int | Sequence[int]
@@ -252,7 +263,7 @@ class Kernel:
         )
         runs, lanes = np.zeros((2, len(k.block_rows)), np.uint64)
         counts = np.zeros(len(k.instructions) + 1, INSTRUCTION_COUNT)
-        findings = np.zeros(options.max_findings + 8, FINDING)
+        findings = np.zeros(findings_capacity(options.max_findings), FINDING)
         by_slot, by_kind = np.zeros(len(k.slots) + 1, np.uint64), np.zeros(4, np.uint64)
         kinds = np.array([kind for _, kind in k.slots] + [0], np.uint32)
         arrays = (runs, lanes, counts, findings, by_slot, by_kind)

@@ -86,6 +86,7 @@ struct Results {
 
 enum class Outcome : int { kEnded = 0, kKilled = 1, kCrashed = 2, kNoChild = 3 };
 constexpr u32 kNumKinds = 3;
+constexpr u32 kNumFindingKinds = 20;
 
 static void prepare_buffers(Grid& g, const Output* outputs) {
   for (const Allocation& a : allocations()) {
@@ -109,13 +110,14 @@ static void prepare_buffers(Grid& g, const Output* outputs) {
 }
 
 static void report_never_stored(Grid& g) {
+  u32 num_reported = 0;
   for (const GlobalBuffer& buffer : g.buffers) {
     u64 missing = 0, first = 0;
     for (u64 i = 0; i < buffer.stored.size(); ++i) {
       if (buffer.stored[i] || (buffer.expected && !buffer.expected[i])) continue;
       if (!missing++) first = i;
     }
-    if (!missing) continue;
+    if (!missing || num_reported++ >= g.options.max_findings) continue;
     Finding f{};
     f.kind = static_cast<s32>(Kind::kStoredNever);
     f.instruction = f.other_instruction = -1;
@@ -164,7 +166,6 @@ static void run_launch(Grid& g, const Output* outputs, const u32* slot_kinds, Re
     report_never_stored(g);
   } catch (const Fatal& f) {
     fatal = true;
-    if (g.findings.size() >= g.options.max_findings) g.findings.pop_back();
     g.findings.insert(g.findings.begin(), f.finding);
   }
   copy_results(g, slot_kinds, fatal, r);
@@ -246,7 +247,7 @@ int ptx_launch(const Program* program, const Options* options, const LaunchShape
   const u64 sizes[] = {8 * num_blocks,
                        8 * num_blocks,
                        sizeof(InstructionCount) * num_counts,
-                       sizeof(Finding) * (options->max_findings + 8),
+                       sizeof(Finding) * (kNumFindingKinds * options->max_findings + 1),
                        8ull * program->num_line_slots + 8,
                        8 * (kNumKinds + 1)};
   u64 total = sizeof(Results);

@@ -24,14 +24,16 @@ static Finding make_finding(const Warp& w, Kind kind, s32 instruction, u32 lane,
 void report(Warp& w, Kind kind, u32 instruction, u32 lane, u64 address, s32 other_instruction,
             u32 other_thread, u32 other_block, const char* message) {
   Grid& g = *w.grid;
+  u32 same_kind = 0;
   for (Finding& f : g.findings) {
+    same_kind += f.kind == static_cast<s32>(kind);
     if (f.kind == static_cast<s32>(kind) && f.instruction == static_cast<s32>(instruction) &&
         f.other_instruction == other_instruction) {
       ++f.count;
       return;
     }
   }
-  if (g.findings.size() >= g.options.max_findings) return;
+  if (same_kind >= g.options.max_findings) return;
   Finding f = make_finding(w, kind, instruction, lane, address);
   f.other_instruction = other_instruction;
   f.other_thread = other_thread;
