@@ -102,9 +102,9 @@ class Problem(C.Structure):
 
 
 class Arguments(C.Structure):
-    """Arguments of arguments.cu: one 31,688-byte struct by value."""
+    """Arguments of arguments.cu: 32,760 bytes, the largest multiple of 8 that a launch can take."""
 
-    _fields_ = [("problems", Problem * 792), ("num_problems", C.c_int32)]
+    _fields_ = [("problems", Problem * 818), ("num_problems", C.c_int32), ("unused", C.c_int32 * 9)]
 
 
 def test_a_struct_of_32_kilobytes_by_value_is_indexed_dynamically(ptx_module: ModuleLoader) -> None:
@@ -127,15 +127,34 @@ def test_a_struct_of_32_kilobytes_by_value_is_indexed_dynamically(ptx_module: Mo
 
 def test_arguments_of_the_wrong_size_are_refused(ptx_module: ModuleLoader) -> None:
     kernel = ptx_module("arguments.cu").kernel("scale_problems")
-    with pytest.raises(ExecutorError, match="argument block must have 31688 bytes, got 8"):
+    with pytest.raises(ExecutorError, match="argument block must have 32760 bytes, got 8"):
         kernel.launch(1, 32, b"12345678")
     with pytest.raises(ExecutorError, match="2 arguments for 1 parameters"):
         kernel.launch(1, 32, [1, 2])
 
 
+def test_an_argument_block_may_have_32764_bytes_and_no_more() -> None:
+    text = """.version 8.1
+.target sm_80
+.address_size 64
+.visible .entry last_word(.param .align 4 .b8 block[{size}], .param .u64 y) {{
+.reg .b32 %r<2>; .reg .b64 %d<2>;
+ld.param.u32 %r0, [block+{last}]; ld.param.u64 %d0, [y]; st.global.u32 [%d0], %r0; ret; }}
+"""
+    words, y = np.arange(8189, dtype=np.uint32), Buffer(np.zeros(1, np.uint32))
+    room = words[: (32_764 - 12) // 4]  # the pointer needs 8 bytes at a multiple of 8
+    module = Module(text.format(size=room.nbytes, last=room.nbytes - 4))
+    assert module.launch("last_word", 1, 1, [room, y]).ok
+    assert y.read()[0] == room[-1]
+    with pytest.raises(ExecutorError, match="32776 bytes of parameters; the limit is 32764"):
+        Module(text.format(size=32_764, last=0)).launch("last_word", 1, 1, [words[:8191], y])
+
+
 def test_reading_past_the_arguments_is_out_of_bounds(ptx_module: ModuleLoader) -> None:
-    args = [bytes(Arguments()), 100_000, Buffer(np.zeros(1, np.float32))]
-    result = ptx_module("arguments.cu").launch("read_past_arguments", 1, 1, args)
+    arguments, y = Arguments(), Buffer(np.zeros(1, np.float32))
+    arguments.problems[0].y, arguments.num_problems = y.address, 100_000
+    module = ptx_module("arguments.cu")
+    result = module.launch("read_past_arguments", 1, 1, bytes(arguments))
     assert (
         result.kinds == {Kind.OUT_OF_BOUNDS} and "bytes of arguments" in result.findings[0].message
     )

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from .accesses import access_kind
 from .encoder import EncodedKernel
 from .syntax import Instruction, SourceLine
 
 SECTOR_BYTES = 32
 _KINDS = ("loads", "stores", "atomics")
-_KIND_OF = {"ld": 0, "ldu": 0, "cp": 0, "st": 1, "atom": 2, "red": 2}
 
 Line = SourceLine | int
 """A CUDA source line, or a PTX line where there is no -lineinfo."""
@@ -75,8 +75,9 @@ class Counts:
         return sum(t.sectors for t in self.traffic())
 
     def _add_memory(self, i: Instruction, row: np.void) -> None:
-        if row["global_bytes"]:
-            traffic = self.traffic()[_kind(i)]
+        kind = access_kind(i)
+        if kind is not None and row["global_bytes"]:
+            traffic = self.traffic()[kind]
             traffic.requests += int(row["global_requests"])
             traffic.bytes += int(row["global_bytes"])
             traffic.sectors += int(row["sectors"])
@@ -88,13 +89,6 @@ class Counts:
             shared.wavefronts += int(row["wavefronts"])
             shared.ideal_wavefronts += int(row["ideal_wavefronts"])
         self.flops += int(row["flops"])
-
-
-def _kind(i: Instruction) -> int:
-    if i.opcode == "cp" and "bulk" in i.parts:
-        spaces = [p.split("::")[0] for p in i.parts if p.split("::")[0] in ("global", "shared")]
-        return int(spaces[:1] == ["global"])
-    return _KIND_OF[i.opcode]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .encode_hopper import bulk_copy
 from .encoder import Encoder, Handlers
 from .layouts import NO_OPERAND
 from .modifiers import Modifiers
@@ -178,8 +179,6 @@ def fence(e: Encoder, i: Instruction, m: Modifiers) -> None:
 
 def copy(e: Encoder, i: Instruction, m: Modifiers) -> None:
     """Handle cp.async; the bulk forms are in encode_hopper."""
-    from .encode_hopper import bulk_copy
-
     m.require(("async",))
     if m.take("bulk"):
         bulk_copy(e, i, m)

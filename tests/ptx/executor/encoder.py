@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .accesses import access_kind
 from .blocks import Block, Collective, End, collective, split_into_blocks
 from .calls import call_variables, inline_calls
 from .layouts import BASIC_BLOCK, CONST_BIT, ENCODED_OP, NEGATE_BIT, NO_OPERAND
@@ -61,7 +62,6 @@ SPECIAL_REGISTERS = [
 _UNTIMED = ("%clock64", "%globaltimer")  # no time passes: they read 0
 
 _LANES = 32
-_GLOBAL_KINDS = {"ld": 0, "ldu": 0, "cp": 0, "st": 1, "atom": 2, "red": 2}
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -286,21 +286,11 @@ def _line_slots(instructions: list[Instruction]) -> tuple[list[tuple[object, int
     slots: dict[tuple[object, int], int] = {}
     slot_of = np.full(max(1, len(instructions)), -1, np.int32)
     for number, i in enumerate(instructions):
-        kind = _GLOBAL_KINDS.get(i.opcode)
-        if kind is None or {"param", "local", "const"} & set(i.parts):
+        kind = access_kind(i)
+        if kind is None:
             continue
-        if kind == 0 and "bulk" in i.parts and _is_bulk_store(i):
-            kind = 1
         slot_of[number] = slots.setdefault((i.source or i.line, kind), len(slots))
     return list(slots), slot_of
-
-
-def _is_bulk_store(instruction: Instruction) -> bool:
-    """Whether global memory comes first, as the destination."""
-    spaces = [
-        p.split("::")[0] for p in instruction.parts if p.split("::")[0] in ("global", "shared")
-    ]
-    return spaces[:1] == ["global"]
 
 
 def _encode_instruction(e: Encoder, i: Instruction, handlers: Handlers) -> None:

@@ -53,20 +53,26 @@ struct NanMax {
   }
 };
 
-// Division by zero gives all ones, its remainder the dividend: what the hardware's emulation
-// returns.
+template <class T>
+bool is_minus_one(T b) {
+  return std::is_signed<T>::value && b == static_cast<T>(-1);
+}
+
+// Division by zero gives all ones, its remainder the dividend, as in the hardware's emulation.
+// Division by -1 is a negation, which wraps where the quotient would overflow.
 struct Divide {
   template <class T>
   T operator()(T a, T b) const {
-    return b == 0                                    ? static_cast<T>(~T(0))
-           : b == static_cast<T>(~T(0)) && T(-1) < 0 ? static_cast<T>(0 - a)
-                                                     : a / b;
+    if (b == 0) return static_cast<T>(~T(0));
+    if (is_minus_one(b)) return static_cast<T>(0 - static_cast<std::make_unsigned_t<T>>(a));
+    return a / b;
   }
 };
 struct Remainder {
   template <class T>
   T operator()(T a, T b) const {
-    return b == 0 ? a : b == static_cast<T>(~T(0)) && T(-1) < 0 ? 0 : a % b;
+    if (b == 0) return a;
+    return is_minus_one(b) ? 0 : a % b;
   }
 };
 
