@@ -1,4 +1,9 @@
-"""Run the PTX of CUDA kernels on the CPU, with checks and counters. See tests/ptx/README.md."""
+"""Run the PTX of CUDA kernels on the CPU, with checks and counters. See tests/ptx/README.md.
+
+Reading order: syntax, lexer, parser, body_parser (text to tree); calls, blocks, encoder and the
+encode_ modules (tree to op table); module, buffers, findings, counters (launches); then csrc:
+machine.h, grid.h, scheduler.cpp, and one file per family of instructions.
+"""
 
 from .buffers import Buffer
 from .counters import CounterRow, Counters, counter_row, counter_table, line_table

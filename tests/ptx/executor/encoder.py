@@ -55,7 +55,6 @@ SPECIAL_REGISTERS = [
     "%lanemask_gt",
     "%cluster_ctarank",
     "%cluster_nctarank",
-    "%dynamic_smem_size",
     "%smid",
     "%clock",
 ]
@@ -177,6 +176,8 @@ class Encoder:
         if not isinstance(operand, Register):
             raise Unsupported(f"operand {operand}")
         if operand.name in SPECIAL_REGISTERS:
+            if width != 4 and not any_width:
+                raise Unsupported(f"special register {operand.name} used as .{type_}")
             return SPECIAL_REGISTERS.index(operand.name) * 4 * _LANES
         if operand.name in _UNTIMED:
             return self.constant(0, 8)

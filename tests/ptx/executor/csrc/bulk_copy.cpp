@@ -218,7 +218,7 @@ void land(Block& b, size_t which) {
     shared_bulk_land(b, copy.shared - kSharedBase, copy.bytes, copy.instruction);
   MBarrier& barrier = mbarrier_at(w, copy.instruction, copy.lane, copy.mbarrier);
   barrier.transactions -= copy.bytes;
-  barrier.clock.local[kCopyAgent] = b.copy_clock;
+  barrier.clock.local[kCopyEngine] = b.copy_clock;
   complete_mbarrier_phase(b, barrier);
 }
 

@@ -26,11 +26,11 @@ enum class Space : u32 { kGeneric, kGlobal, kShared, kLocal, kParam, kConst };
 constexpr u64 kSharedWindow = 0xF0ull << 48, kLocalWindow = 0xF1ull << 48;
 constexpr u64 kParamWindow = 0xF2ull << 48, kWindowMask = 0xFFFFull << 48;
 
-constexpr u32 kWarpSize = 32, kMaxWarps = 32, kNumBarriers = 16, kNumSpecialRegisters = 24;
+constexpr u32 kWarpSize = 32, kMaxWarps = 32, kNumBarriers = 16, kNumSpecialRegisters = 23;
 constexpr u32 kFullMask = ~0u;
 
 // Clock slots: one per warp of a block, and one for its asynchronous copies.
-constexpr u32 kCopyAgent = kMaxWarps, kClockSlots = kMaxWarps + 1;
+constexpr u32 kCopyEngine = kMaxWarps, kClockSlots = kMaxWarps + 1;
 
 // ---- the encoded kernel
 

@@ -302,7 +302,6 @@ void set_special_registers(Warp& w) {
                                               ~static_cast<u32>((2ull << lane) - 1),
                                               0,
                                               1,
-                                              s.shared_bytes,
                                               0,
                                               0};
     for (u32 i = 0; i < kNumSpecialRegisters; ++i) reg<u32>(w, i * 4 * kWarpSize)[lane] = values[i];

@@ -18,7 +18,7 @@ void for_granules(Block& b, u32 offset, u32 bytes, F f) {
 }
 
 u32 writer_thread(const SharedRecord& s) {
-  return s.write_warp == kCopyAgent
+  return s.write_warp == kCopyEngine
              ? kNobody
              : s.write_warp * kWarpSize + (s.write_lane == kNoLane ? 0 : s.write_lane);
 }
@@ -78,7 +78,7 @@ void shared_read(Warp& w, u32 lane, u32 offset, u32 bytes, u32 instruction, bool
   for_granules(b, offset, bytes, [&](SharedRecord& s, u32 g) {
     check_read(w, lane, offset, instruction, s);
     const bool behind_fence =
-        s.write_warp == kCopyAgent || s.write_clock <= w.clock.fenced[s.write_warp];
+        s.write_warp == kCopyEngine || s.write_clock <= w.clock.fenced[s.write_warp];
     if (async_proxy && s.generic_write && !behind_fence) {
       report(w, Kind::kProxy, instruction, lane, offset, s.writer, writer_thread(s));
     }
@@ -123,12 +123,12 @@ void shared_copy_land(Warp& w, u32 lane, u32 offset, u32 bytes, u32 instruction)
   });
 }
 
-// A bulk copy is a write of the block's copy agent; its mbarrier makes it known.
+// A bulk copy is a write of the block's copy engine; its mbarrier makes it known.
 void shared_bulk_land(Block& b, u32 offset, u32 bytes, u32 instruction) {
   for_granules(b, offset, bytes, [&](SharedRecord& s, u32) {
     s.in_flight = s.generic_write = s.atomic = 0;
     s.initialised = 1;
-    s.write_warp = kCopyAgent;
+    s.write_warp = kCopyEngine;
     s.write_lane = kNoLane;
     s.writer = instruction;
     s.write_clock = b.copy_clock;
