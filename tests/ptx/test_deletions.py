@@ -103,8 +103,8 @@ FRACTION_NOTICED = 56 / 63
 
 
 def one_kernel(ptx: str, entry: str) -> list[str]:
-    """The module's lines without its other kernels."""
-    lines = ptx.splitlines()
+    """The module's lines without its other kernels and without line information."""
+    lines = [line for line in ptx.splitlines() if not line.lstrip().startswith(".loc")]
     starts = [n for n, line in enumerate(lines) if ".visible .entry" in line] + [len(lines)]
     first = next(n for n in starts if f".entry {entry}(" in lines[n])
     return lines[: starts[0]] + lines[first : starts[starts.index(first) + 1]]

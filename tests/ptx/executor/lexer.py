@@ -9,14 +9,14 @@ from typing import NamedTuple
 from .syntax import Immediate, PtxError
 
 _TOKEN = re.compile(
-    r"""
-    (?P<space>[ \t\r]+|//[^\n]*|/\*.*?\*/)
-  | (?P<newline>\n)
+    r"""[ \t\r]*(?:
+    (?P<newline>\n)
+  | (?P<comment>//[^\n]*|/\*.*?\*/)
   | (?P<string>"[^"]*")
   | (?P<number>0[fF][0-9A-Fa-f]{8}|0[dD][0-9A-Fa-f]{16}|0[xX][0-9A-Fa-f]+U?|\d+\.\d+|\d+U?)
   | (?P<word>[A-Za-z_$%.](?:[\w$.%]|::)*)
   | (?P<mark>[{}()\[\];,:@!<>=|+\-])
-""",
+  )""",
     re.X | re.S,
 )
 
@@ -31,17 +31,20 @@ class Token(NamedTuple):
 
 def tokenize(text: str, line: int) -> list[Token]:
     """Split the text; the last token has kind "end"."""
+    text = text.rstrip()
     tokens, position = [], 0
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None:
             raise PtxError(f"PTX line {line}: cannot read {text[position : position + 20]!r}")
-        kind, word = match.lastgroup or "", match.group()
+        kind = match.lastgroup or ""
         position = match.end()
-        if kind in ("newline", "space"):
-            line += word.count("\n")
+        if kind == "newline":
+            line += 1
+        elif kind == "comment":
+            line += match[kind].count("\n")
         else:
-            tokens.append(Token(kind, word, line))
+            tokens.append(Token(kind, match[kind], line))
     tokens.append(Token("end", "", line))
     return tokens
 
