@@ -1,0 +1,1 @@
+"""Kernel tests that run compiled PTX on the CPU."""
