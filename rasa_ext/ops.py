@@ -80,8 +80,7 @@ def rasa_add(
         return base + (s * d) @ torch.cat([Bt_shared, Bt])
 
     Shapes: base (M,N); the others, the dtypes, what is saved and the errors are those of
-    :func:`rasa_linear`. base
-    has x's dtype and is not written.
+    :func:`rasa_linear`. base has x's dtype and is not written.
     """
     y: Tensor = _ops.rasa_add(x, base, A, A_shared, Bt, Bt_shared, d, p, seed)[0]
     return y
@@ -97,8 +96,7 @@ def grouped_gemm(
     scale_k: Sequence[Tensor | None] = (),
     out_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Compute a group of matrix products, each a sum over segments, in one launch. Has no
-    derivative.
+    """Compute a group of matrix products, each a sum over segments, in one launch.
 
     Semantics, for each problem, over its own run of ``segments[i]`` entries of A, B, scale_m and
     scale_k::
@@ -108,19 +106,16 @@ def grouped_gemm(
         C = C_in + sum(scale_m[:, None] * (op_A @ (scale_k[:, None] * op_B)) for each segment)
 
     Shapes: NN A (M,K) B (K,N); NT A (M,K) B (N,K); TN A (K,M) B (K,N); C_in (M,N), scale_m (M),
-    scale_k (K). The
-    segments of a problem share M and N; K and everything else may differ. None, or an empty list,
-    means no C_in and
-    ones. segments defaults to one segment for each problem.
+    scale_k (K). The segments of a problem share M and N; K and everything else may differ. None, or
+    an empty list, means no C_in and ones. segments defaults to one segment for each problem.
 
     Dtypes: all of A and B have one dtype; out_dtype is that dtype (the default) or float32; scales
-    have one dtype,
-    A's or float32. Sums are kept in float32 (float64 for float64) and rounded once.
+    have one dtype, A's or float32. Sums are kept in float32 (float64 for float64) and rounded once.
+    Has no derivative.
 
     Raises:
         RuntimeError: shapes, dtypes, devices or list lengths do not fit, or a tensor requires a
-        gradient while
-            gradients are recorded.
+            gradient while gradients are recorded.
     """
     if not A and not B:
         return []  # nothing says which device's kernel to call
@@ -132,12 +127,11 @@ def grouped_gemm(
 
 
 def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """Return the mask (M,K), True where kept, that the ops draw for this seed; the same on every
-    device.
+    """Return the mask (M,K), True where kept, that the ops draw for this seed.
 
-    Element (m, c) depends on seed, m and c only (``csrc/philox.h`` has the mapping), and is dropped
-    when its 15-bit
-    draw is below round(p * 2**15). For tests and for reading; the ops never store a mask.
+    The same on every device: element (m, c) depends on seed, m and c only (``csrc/philox.h`` has
+    the mapping), and is dropped when its 15-bit draw is below round(p * 2**15). For tests and for
+    reading; the ops never store a mask.
 
     Raises:
         RuntimeError: p is not in [0, 1), or seed is not one int64 element.
