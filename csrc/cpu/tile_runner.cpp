@@ -270,13 +270,16 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
       for (int64_t k0 = 0; k0 < s.K; k0 += kTileDepth) {
         const int64_t depth = std::min<int64_t>(kTileDepth, s.K - k0);
         const Tile a = stream_rows(p, s, drops_input, m0, rows, k0, depth, scratch);
-        const char* b = packed[i].data + (k0 * packed[i].ld + n0 * pair) * compute_size();
-        for (int64_t m = 0; m < rows;) {
-          const int64_t piece = largest_piece(rows - m, kTileRows);
-          tile_gemm(compute_, piece, cols, round_up(depth, pair),
-                    a.data + m * a.ld * compute_size(), a.ld, b, packed[i].ld,
-                    out + m * ld_acc * acc_size(), ld_acc, add_out || k0 > 0);
-          m += piece;
+        for (int64_t k = 0; k < depth; k += kChainLength) {
+          const int64_t chain = round_up(std::min<int64_t>(kChainLength, depth - k), pair);
+          const char* b = packed[i].data + ((k0 + k) * packed[i].ld + n0 * pair) * compute_size();
+          for (int64_t m = 0; m < rows;) {
+            const int64_t piece = largest_piece(rows - m, kTileRows);
+            tile_gemm(compute_, piece, cols, chain, a.data + (m * a.ld + k) * compute_size(), a.ld,
+                      b, packed[i].ld, out + m * ld_acc * acc_size(), ld_acc,
+                      add_out || k0 + k > 0);
+            m += piece;
+          }
         }
       }
     };
