@@ -165,3 +165,10 @@ def test_grouped_gemm_refuses_to_be_differentiated():
         grouped_gemm("NN", [a(2, 3).requires_grad_()], [a(3, 4)])
     with torch.no_grad():
         grouped_gemm("NN", [a(2, 3).requires_grad_()], [a(3, 4)])
+
+
+def test_a_row_stride_beyond_32_bits_is_refused():
+    torch.use_deterministic_algorithms(False)  # do not fill the 4 GiB, which no page of is touched
+    wide = torch.empty(2**31 + 7, dtype=torch.float16).as_strided((2, 7), (2**31, 1))
+    with raises("grouped_gemm: a row stride must be below 2^31, got 2147483648"):
+        grouped_gemm("NN", [wide], [torch.ones(7, 3, dtype=torch.float16)])
