@@ -9,8 +9,8 @@ from gsm_symbolic import IGNORED, Batch, GsmSymbolic
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Almost every worked answer is shorter; a longer reply counts as it stands.
-MAX_NEW_TOKENS = 160
+# What a reply may have beyond the longest worked answer; it is scored as it stands at that length.
+SPARE_TOKENS = 32
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -46,13 +46,14 @@ def exact_match(
     tokenizer = data.tokenizer
     right, first_reply = 0, ""
     examples = data.held_out[:problems]
+    longest = max(len(example.answer) for example in data.held_out)
     for start in range(0, len(examples), 16):
         chunk = examples[start : start + 16]
         input_ids, attention_mask = (t.to(device) for t in data.prompts(chunk))
         output = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=longest + SPARE_TOKENS,
             do_sample=False,
             pad_token_id=data.pad_token,
             eos_token_id=tokenizer.eos_token_id,
