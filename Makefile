@@ -32,7 +32,7 @@ HAS_TORCH := import importlib.util, sys; sys.exit(importlib.util.find_spec("torc
 .NOTPARALLEL:
 
 demo: $(STAMP)-demo $(STAMP)-model
-	$(BIN)/python examples/finetune.py $(ARGS)
+	$(BIN)/python examples/finetune.py $(if $(wildcard demo/run/training_state.pt),--resume) $(ARGS)
 
 # The pytest script, unlike python -m pytest, leaves this folder off the path: the installed package
 # is tested, not the sources.

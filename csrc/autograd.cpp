@@ -23,7 +23,7 @@ using AddSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, co
 using BackwardSignature = Gradients(const Tensor&, const Tensor&, const OptionalTensor&,
                                     const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                     const Tensor&, const Tensor&, double, const OptionalTensor&,
-                                    std::array<bool, kNumWanted>);
+                                    WantedMask);
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
@@ -47,7 +47,7 @@ std::array<Tensor, kNumWanted> backward_of_adapter(AutogradContext* ctx, const T
                                                    const variable_list& saved,
                                                    const std::array<size_t, kNumWanted>& edges) {
   static const auto op = find_op<BackwardSignature>("rasa_ext::rasa_backward");
-  std::array<bool, kNumWanted> wanted;
+  WantedMask wanted;
   bool any = false;
   for (size_t i = 0; i < kNumWanted; ++i) any |= (wanted[i] = ctx->needs_input_grad(edges[i]));
   std::array<Tensor, kNumWanted> grads;
@@ -139,11 +139,17 @@ void refuse_grad(const char* op, const char* what, at::TensorList tensors) {
     TORCH_CHECK(!t.defined() || !t.requires_grad(), op, ": ", what);
   }
 }
+void refuse_grad_of_list(const char* op, const char* what,
+                         const c10::List<OptionalTensor>& tensors) {
+  for (const OptionalTensor& t : tensors) {
+    if (t) refuse_grad(op, what, *t);
+  }
+}
 
 Gradients rasa_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                         const Tensor& A, const Tensor& A_shared, const Tensor& Bt,
                         const Tensor& Bt_shared, const Tensor& d, const Tensor& s, double p,
-                        const OptionalTensor& seed, std::array<bool, kNumWanted> wanted) {
+                        const OptionalTensor& seed, WantedMask wanted) {
   static const auto op = find_op<BackwardSignature>("rasa_ext::rasa_backward");
   refuse_grad("rasa_backward",
               "a gradient of the gradient is not implemented; call backward without create_graph",
@@ -168,6 +174,8 @@ std::vector<Tensor> grouped_gemm(std::string_view layout, at::TensorList A, at::
       "has no derivative; use rasa_linear or rasa_add, or call it under torch.no_grad()";
   refuse_grad("grouped_gemm", what, A);
   refuse_grad("grouped_gemm", what, B);
+  for (const auto* list : {&C_in, &scale_m, &scale_k})
+    refuse_grad_of_list("grouped_gemm", what, *list);
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(layout, A, B, segments, C_in, scale_m, scale_k, out_dtype);
 }

@@ -2,7 +2,7 @@
 //
 // A problem is one output C whose reduction runs over a list of segments:
 //
-//   C (M,N) = C_in + Σ_s scale_m,s ∘ (op(A_s) (M,K_s) · (scale_k,s ∘ op(B_s)) (K_s,N))
+//   C (M,N) = C_in + Σ_s scale_m,s ∘ ((op(A_s) ∘ scale_k,s) (M,K_s) · op(B_s) (K_s,N))
 //
 //   layout   op(A) as stored   op(B) as stored   form     in RaSA
 //   NT       A (M,K)           B (N,K)           shrink   s = x·Aᵀ              g = dy·Btᵀ
@@ -18,9 +18,10 @@
 // op(B) in TN. So one mask serves the forward shrink and, in backward, wgrad and dx; philox.h says
 // which bit belongs to which element.
 //
-// Rounding: operands are rounded to Program::dtype (once, after scale_k); products are summed in
-// fp32 (fp64 for F64); the factor of kept elements is applied to that sum, C_in is added to it, and
-// C is rounded once.
+// Rounding: operands are rounded to Program::dtype or to a wider type (once; scale_k is applied
+// before, to A, or to B where B's exponent has room for the product); products are summed in fp32
+// (fp64 for F64); the factor of kept elements is applied to that sum, C_in is added to it, and C is
+// rounded once.
 //
 // A program is a list of groups that run in order. A row of an NT or NN result may depend on the
 // same row, and on no other, of an earlier NT or NN result, so a backend may run all of them row

@@ -66,14 +66,14 @@ struct Dropout {
 
   Dropout(const char* op, double p, const OptionalTensor& seed_tensor, const Tensor& x) {
     check_p(op, p);
-    threshold = drop_threshold(p);
-    if (threshold == 0) return;
+    if (p == 0) return;
     TORCH_CHECK(seed_tensor.has_value() && seed_tensor->defined(), op,
                 ": seed must be given when p > 0, got None with p = ", p);
     TORCH_CHECK(seed_tensor->scalar_type() == at::kLong && seed_tensor->numel() == 1, op,
                 ": seed must be one Long element, got ", at::toString(seed_tensor->scalar_type()),
                 " ", seed_tensor->sizes());
     check_device(op, *seed_tensor, "seed", x);
+    threshold = drop_threshold(p);
     seed = seed_tensor->const_data_ptr<int64_t>();
   }
 
@@ -104,6 +104,22 @@ void launch_forward(const char* op, LaunchFn launch, const Tensor& x, const Size
       .add_segment(builder.matrix(s), builder.stack({&adapter.Bt_shared, &adapter.Bt}), s.size(1))
       .scale_k = data(adapter.d);
   launch(builder.program());
+}
+
+// grads = d ∘rows ranksᵀ·features, and dd, if defined, from the unscaled sums and the weights they
+// are gradients of.
+Problem& add_wgrad(ProgramBuilder& builder, const Tensor& ranks, const Tensor& features,
+                   const Tensor& d, std::initializer_list<ProgramBuilder::Output> grads,
+                   const Tensor& dd, std::initializer_list<const Tensor*> weights) {
+  Problem& wgrad = builder.add_problem(d.size(0), features.size(1));
+  wgrad.C = builder.output_stack(d.scalar_type(), grads);
+  if (dd.defined()) {
+    wgrad.row_dot = dd.mutable_data_ptr();
+    wgrad.row_dot_with = builder.stack(weights);
+  }
+  builder.add_segment(builder.matrix(ranks), builder.matrix(features), features.size(0)).scale_m =
+      data(d);
+  return wgrad;
 }
 
 }  // namespace
@@ -161,6 +177,8 @@ Gradients rasa_backward_body(LaunchFn launch, const Tensor& dy, const Tensor& x,
                              double p, const OptionalTensor& seed, WantedMask wanted) {
   constexpr const char* op = "rasa_backward";
   const c10::DeviceGuard guard(x.device());
+  // Backward runs in the dtypes of forward, whatever autocast is active around it.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   check_x(op, x);
   check_dim(op, dy, "dy", "(M, N)", 2);
   const Sizes z = check_adapter(op, x, dy.size(1), adapter);
@@ -218,24 +236,12 @@ Gradients rasa_backward_body(LaunchFn launch, const Tensor& dy, const Tensor& x,
   }
   if (wants_dA || wants_dBt) builder.begin_group(Layout::kTN);
   if (wants_dA) {  // dA = d ∘rows gᵀ·x̃
-    Problem& wgrad = builder.add_problem(z.R(), z.K);
-    wgrad.C = builder.output_stack(adapter.d.scalar_type(), {{dA_shared, z.Rs}, {dA, z.Rp}});
-    dropout.apply(wgrad);
-    if (wanted[kDd]) {
-      wgrad.row_dot = dd.mutable_data_ptr();
-      wgrad.row_dot_with = builder.stack({&adapter.A_shared, &adapter.A});
-    }
-    builder.add_segment(builder.matrix(g), builder.matrix(x_rows), z.M).scale_m = data(adapter.d);
+    dropout.apply(add_wgrad(builder, g, x_rows, adapter.d, {{dA_shared, z.Rs}, {dA, z.Rp}}, dd,
+                            {&adapter.A_shared, &adapter.A}));
   }
   if (wants_dBt) {  // dBt = d ∘rows sᵀ·dy
-    Problem& wgrad = builder.add_problem(z.R(), z.N);
-    wgrad.C = builder.output_stack(adapter.d.scalar_type(), {{dBt_shared, z.Rs}, {dBt, z.Rp}});
-    if (wanted[kDd] && !wants_dA) {
-      wgrad.row_dot = dd.mutable_data_ptr();
-      wgrad.row_dot_with = builder.stack({&adapter.Bt_shared, &adapter.Bt});
-    }
-    builder.add_segment(builder.matrix(s_rows), builder.matrix(dy_rows), z.M).scale_m =
-        data(adapter.d);
+    add_wgrad(builder, s_rows, dy_rows, adapter.d, {{dBt_shared, z.Rs}, {dBt, z.Rp}},
+              wants_dA ? Tensor() : dd, {&adapter.Bt_shared, &adapter.Bt});
   }
   launch(builder.program());
   return result;
@@ -263,6 +269,27 @@ const Tensor* entry(const std::vector<OptionalTensor>& list, size_t i) {
 
 }  // namespace
 
+void check_group(std::string_view layout, at::TensorList A, at::TensorList B,
+                 at::IntArrayRef segments) {
+  constexpr const char* op = "grouped_gemm";
+  parse_layout(op, layout);
+  TORCH_CHECK(A.size() == B.size(), op, ": B must have as many tensors as A = ", A.size(), ", got ",
+              B.size());
+  const int64_t total = static_cast<int64_t>(A.size());
+  int64_t left = total;
+  for (const int64_t n : segments) {
+    TORCH_CHECK(n >= 1, op, ": segments must be at least 1 for each problem, got ", segments);
+    left = n > left ? -1 : left - n;  // no sum that could overflow
+    if (left < 0) break;
+  }
+  TORCH_CHECK(left == 0, op, ": segments must sum to the number of tensors in A = ", total,
+              ", got ", segments);
+  for (size_t i = 0; i < A.size(); ++i) {
+    check_dim(op, A[i], "A", "a matrix", 2);
+    check_dim(op, B[i], "B", "a matrix", 2);
+  }
+}
+
 std::vector<Tensor> grouped_gemm_body(LaunchFn launch, std::string_view layout_name,
                                       at::TensorList A, at::TensorList B, at::IntArrayRef segments,
                                       const std::vector<OptionalTensor>& C_in,
@@ -270,16 +297,8 @@ std::vector<Tensor> grouped_gemm_body(LaunchFn launch, std::string_view layout_n
                                       const std::vector<OptionalTensor>& scale_k,
                                       std::optional<at::ScalarType> out_dtype) {
   constexpr const char* op = "grouped_gemm";
+  check_group(layout_name, A, B, segments);
   const Layout layout = parse_layout(op, layout_name);
-  TORCH_CHECK(A.size() == B.size(), op, ": B must have as many tensors as A = ", A.size(), ", got ",
-              B.size());
-  int64_t num_segments = 0;
-  for (const int64_t n : segments) {
-    TORCH_CHECK(n >= 1, op, ": segments must be at least 1 for each problem, got ", segments);
-    num_segments += n;
-  }
-  TORCH_CHECK(num_segments == static_cast<int64_t>(A.size()), op,
-              ": segments must sum to the number of tensors in A = ", A.size(), ", got ", segments);
   check_optionals(op, C_in, "C_in", "problem", segments.size());
   check_optionals(op, scale_m, "scale_m", "segment", A.size());
   check_optionals(op, scale_k, "scale_k", "segment", A.size());
@@ -301,14 +320,13 @@ std::vector<Tensor> grouped_gemm_body(LaunchFn launch, std::string_view layout_n
     if (const Tensor* t = entry(scale_k, i)) scale_dtype = t->scalar_type();
   }
   TORCH_CHECK(scale_dtype == dtype || (scale_dtype == at::kFloat && dtype != at::kDouble), op,
-              ": scale_m must have A's dtype ", at::toString(dtype), " or Float, got ",
+              ": scales must have A's dtype ", at::toString(dtype), " or Float, got ",
               at::toString(scale_dtype));
 
   std::vector<Tensor> results;
   std::vector<Tensor> kept;  // row-major copies live until the launch
   kept.reserve(2 * A.size() + segments.size());
   const auto keep_rows = [&](const Tensor& t, const char* name) -> const Tensor& {
-    check_dim(op, t, name, "a matrix", 2);
     check_device(op, t, name, like);
     kept.push_back(row_major(t));
     return kept.back();
@@ -327,8 +345,6 @@ std::vector<Tensor> grouped_gemm_body(LaunchFn launch, std::string_view layout_n
   size_t segment = 0;
   for (size_t i = 0; i < segments.size(); ++i) {
     const bool is_A_transposed = layout == Layout::kTN, is_B_transposed = layout == Layout::kNT;
-    check_dim(op, A[segment], "A", "a matrix", 2);
-    check_dim(op, B[segment], "B", "a matrix", 2);
     const int64_t M = A[segment].size(is_A_transposed ? 1 : 0);
     const int64_t N = B[segment].size(is_B_transposed ? 0 : 1);
     const Tensor C = at::empty({M, N}, like.options().dtype(c_dtype));

@@ -1,6 +1,5 @@
-// The op bodies: check, allocate, describe as a Program, launch. Written once; the launcher is a
-// template argument, so that a backend is one more launcher and checks and allocation cannot differ
-// between backends.
+// The op bodies: check, allocate, describe as a Program, launch. Written once and given a launcher,
+// so that a backend is one more launcher and checks and allocation cannot differ between backends.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -44,6 +43,9 @@ std::tuple<Tensor, Tensor> rasa_add_body(LaunchFn launch, const Tensor& x, const
 Gradients rasa_backward_body(LaunchFn launch, const Tensor& dy, const Tensor& x,
                              const OptionalTensor& weight, const Adapter& adapter, const Tensor& s,
                              double p, const OptionalTensor& seed, WantedMask wanted);
+// What Meta must check too: it indexes the lists.
+void check_group(std::string_view layout, at::TensorList A, at::TensorList B,
+                 at::IntArrayRef segments);
 std::vector<Tensor> grouped_gemm_body(LaunchFn launch, std::string_view layout, at::TensorList A,
                                       at::TensorList B, at::IntArrayRef segments,
                                       const std::vector<OptionalTensor>& C_in,

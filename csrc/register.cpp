@@ -117,6 +117,7 @@ std::vector<Tensor> grouped_gemm_meta(std::string_view layout, at::TensorList A,
                                       at::IntArrayRef segments, const OptionalTensorList&,
                                       const OptionalTensorList&, const OptionalTensorList&,
                                       std::optional<at::ScalarType> out_dtype) {
+  check_group(layout, A, B, segments);
   std::vector<Tensor> results;
   size_t first = 0;
   for (const int64_t num_segments : segments) {

@@ -97,8 +97,11 @@ def fusible(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         weight, bias = tensors["weight"], tensors["bias"]
     else:
         weight, bias = base.weight, base.bias
+    plain = (Tensor, nn.Parameter)  # a subclass, as quantisers make, is its own linear's business
     must_be_called = (
-        weight.requires_grad
+        type(weight) not in plain
+        or (bias is not None and type(bias) not in plain)
+        or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or base._forward_hooks
         or base._forward_pre_hooks

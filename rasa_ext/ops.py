@@ -32,7 +32,7 @@ def rasa_linear(
 
     Semantics::
 
-        threshold = round(p * 2**15)
+        threshold = min(math.floor(p * 2**15 + 0.5), 2**15 - 1)
         mask = dropout_mask(seed, M, K, p) if p > 0 else torch.ones(M, K)
         x_dropped = x * mask / (1 - threshold / 2**15)
         s = x_dropped @ torch.cat([A_shared, A]).T
@@ -73,7 +73,7 @@ def rasa_add(
 
     Semantics::
 
-        threshold = round(p * 2**15)
+        threshold = min(math.floor(p * 2**15 + 0.5), 2**15 - 1)
         mask = dropout_mask(seed, M, K, p) if p > 0 else torch.ones(M, K)
         x_dropped = x * mask / (1 - threshold / 2**15)
         s = x_dropped @ torch.cat([A_shared, A]).T
@@ -129,9 +129,9 @@ def grouped_gemm(
 def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """Return the mask (M,K), True where kept, that the ops draw for this seed.
 
-    The same on every device: element (m, c) depends on seed, m and c only (``csrc/philox.h`` has
-    the mapping), and is dropped when its 15-bit draw is below round(p * 2**15). For tests and for
-    reading; the ops never store a mask.
+    Element (m, c) depends on seed, m and c only (``csrc/philox.h`` has the mapping), on any device;
+    it is dropped when its 15-bit draw is below the threshold of :func:`rasa_linear`. For tests and
+    for reading; the ops never store a mask.
 
     Raises:
         RuntimeError: p is not in [0, 1), or seed is not one int64 element.

@@ -98,6 +98,8 @@ def test_dropout_without_a_usable_seed():
     inputs = add_inputs(CASE, torch.float32, torch.float32)
     with raises("rasa_add: seed must be given when p > 0, got None with p = 0.1"):
         rasa_add(*inputs, p=0.1)
+    with raises("rasa_add: seed must be given when p > 0, got None with p = 1e-06"):
+        rasa_add(*inputs, p=1e-6)
     with raises("rasa_add: seed must be one Long element, got Float [2]"):
         rasa_add(*inputs, p=0.1, seed=torch.ones(2))
     with raises("dropout_mask: M and K must not be negative, got -1 and 3"):
@@ -137,6 +139,7 @@ GROUPS = [
     (("XX", [a(2, 3)], [a(3, 4)]), 'layout must be "NN", "NT" or "TN", got "XX"'),
     (("NN", [a(2, 3)], []), "B must have as many tensors as A = 1, got 0"),
     (("NN", [a(2, 3)], [a(3, 4)], [2]), "segments must sum to the number of tensors in A = 1, got [2]"),
+    (("NN", [a(2, 3)], [a(3, 4)], [2**63 - 1, 2**63 - 1, 3]), "segments must sum to the number of tensors in A = 1, got"),
     (("NN", [a(2, 3)], [a(3, 4)], [0, 1]), "segments must be at least 1 for each problem, got [0, 1]"),
     (("NN", [a(2, 3)], [a(4, 4)]), "B must be (K, N) = [3, 4], got [4, 4]"),
     (("NT", [a(2, 3)], [a(4, 5)]), "B must be (N, K) = [4, 3], got [4, 5]"),
@@ -149,7 +152,7 @@ GROUPS = [
     (("NN", [a(2, 3)], [a(3, 4)], None, [None, None]), "C_in must have one entry for each problem = 1, got 2"),
     (("NN", [a(2, 3)], [a(3, 4)], None, [], [a(3)]), "scale_m must be (M) = [2], got [3]"),
     (("NN", [a(2, 3)], [a(3, 4)], None, [], [], [a(2)]), "scale_k must be (K) = [3], got [2]"),
-    (("NN", [a(2, 3)], [a(3, 4)], None, [], [a(2).double()]), "scale_m must have A's dtype Float or Float, got Double"),
+    (("NN", [a(2, 3)], [a(3, 4)], None, [], [a(2).double()]), "scales must have A's dtype Float or Float, got Double"),
     (("NN", [a(2, 3)], [a(3, 4)], None, [], [], [], torch.float16), "out_dtype must be A's dtype Float or Float, got Half"),
 ]  # fmt: skip
 
@@ -163,8 +166,17 @@ def test_grouped_gemm_names_the_argument(arguments, message):
 def test_grouped_gemm_refuses_to_be_differentiated():
     with raises("grouped_gemm: has no derivative; use rasa_linear or rasa_add, or call it under torch.no_grad()"):  # noqa: E501  # fmt: skip
         grouped_gemm("NN", [a(2, 3).requires_grad_()], [a(3, 4)])
+    for lists in ([[a(2, 4)], [], []], [[], [a(2)], []], [[], [], [a(3)]]):
+        lists = [[t.requires_grad_() for t in tensors] for tensors in lists]
+        with raises("grouped_gemm: has no derivative"):
+            grouped_gemm("NN", [a(2, 3)], [a(3, 4)], None, *lists)
     with torch.no_grad():
         grouped_gemm("NN", [a(2, 3).requires_grad_()], [a(3, 4)])
+
+
+def test_meta_checks_what_it_indexes():
+    with raises("grouped_gemm: segments must sum to the number of tensors in A = 1, got [1, 1]"):
+        grouped_gemm("NN", [a(2, 3).to("meta")], [a(3, 4).to("meta")], [1, 1])
 
 
 def test_a_row_stride_beyond_32_bits_is_refused():

@@ -179,6 +179,56 @@ def test_nan_in_a_row_stays_in_that_row(micro_kernel):
     assert rows.tolist() == [3]
 
 
+def test_an_infinite_row_stays_infinite_and_in_its_row(micro_kernel):
+    """Its product with the padding of s must not become NaN."""
+    x, base = torch.ones(3, 4), torch.zeros(3, 5)
+    x[1, 0] = float("inf")
+    ones = torch.ones(1, 4), torch.ones(0, 4), torch.ones(1, 5), torch.ones(0, 5), torch.ones(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        y = rasa_add(x.to(dtype), base.to(dtype), *(t.to(dtype) for t in ones))
+        assert y.isinf().all(dim=1).tolist() == [False, True, False]
+        assert not y.isnan().any()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
+def test_tiny_weights_do_not_underflow(dtypes):
+    """Bt starts at zero: early in training d * Bt is far below float16's smallest normal number."""
+    inputs = add_inputs(CASE, *dtypes)
+    inputs[1] = torch.zeros_like(inputs[1])  # base
+    for i, scale in ((4, 1e-4), (5, 1e-4), (6, 0.1)):  # Bt, Bt_shared, d
+        inputs[i] = inputs[i] * scale
+    compare_with_float64(rasa_add, lambda *t: authors_add(*t, p=0.0, seed=None), inputs, ADD_NAMES)
+
+
+def test_many_numbers_of_tokens_do_not_grow_the_process():
+    """The library keeps a kernel for every shape and stride it has seen."""
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    def run(tokens: range) -> int:
+        for M in tokens:
+            inputs = add_inputs(Case("tokens", M, 64, 64, 7, 30), torch.float32, torch.float32)
+            leaves = [t.requires_grad_() for t in inputs]
+            rasa_add(*leaves, p=0.1, seed=new_seed()).sum().backward()
+        return resident()
+
+    before = run(range(1, 300, 3))
+    assert run(range(2, 3000, 30)) - before < 24 * 2**20
+
+
+def test_switching_onednn_off_and_on_again():
+    inputs = add_inputs(CASE, torch.bfloat16, torch.bfloat16)
+    y = rasa_add(*inputs)
+    kernels = rasa_ext._C.micro_kernel_dtypes()
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert rasa_ext._C.micro_kernel_dtypes() == "float32"
+        assert rasa_add(*inputs).isfinite().all()
+    assert rasa_ext._C.micro_kernel_dtypes() == kernels
+    assert torch.equal(rasa_add(*inputs), y)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
 def test_results_do_not_depend_on_the_number_of_threads(dtypes, threads):

@@ -120,7 +120,7 @@ class Phase {
     for (int32_t i = 0; i < p.num_segments; ++i) {
       const Segment& s = segment(item, i);
       item.flops += int64_t{2} * p.M * p.N * s.K;
-      packed_.push_back({nullptr, runner_.packed_ld(layout, p, s)});
+      packed_.push_back({nullptr, runner_.packed_ld(layout, p)});
       offsets_.push_back(bytes);
       bytes += round_up(runner_.packed_bytes(layout, p, s), kAlignment);
     }

@@ -2,6 +2,7 @@
 // called.
 #include "micro_kernel.h"
 
+#include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <array>
@@ -75,13 +76,12 @@ bool multiplies_right() {
   return true;
 }
 
-bool has_bf16() {
-  static const bool right = multiplies_right<at::BFloat16>();
-  return right && !use_portable;
-}
-bool has_f16() {
-  static const bool right = multiplies_right<at::Half>();
-  return right && !use_portable;
+// The library's 16-bit kernels are oneDNN's, which a user may switch off and on again.
+template <class T>
+bool has_micro_kernel() {
+  if (use_portable || !at::globalContext().userEnabledMkldnn()) return false;
+  static const bool right = multiplies_right<T>();
+  return right;
 }
 
 }  // namespace
@@ -114,7 +114,8 @@ std::string cpu_capability() {
 
 std::string micro_kernel_dtypes() {
   if (use_portable) return "";
-  return std::string("float32") + (has_bf16() ? ",bfloat16" : "") + (has_f16() ? ",float16" : "");
+  return std::string("float32") + (has_micro_kernel<at::BFloat16>() ? ",bfloat16" : "") +
+         (has_micro_kernel<at::Half>() ? ",float16" : "");
 }
 
 void set_portable(bool portable) { use_portable = portable; }
@@ -122,9 +123,9 @@ void set_portable(bool portable) { use_portable = portable; }
 DType compute_dtype(DType dtype) {
   switch (dtype) {
     case DType::kBF16:
-      return has_bf16() ? dtype : DType::kF32;
+      return has_micro_kernel<at::BFloat16>() ? dtype : DType::kF32;
     case DType::kF16:
-      return has_f16() ? dtype : DType::kF32;
+      return has_micro_kernel<at::Half>() ? dtype : DType::kF32;
     default:
       return dtype;
   }

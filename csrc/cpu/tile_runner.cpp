@@ -19,6 +19,14 @@ static_assert(kTileDepth % kDropoutBlock == 0 && kTileColumns % kDropoutBlock ==
                   kWgradDepth % kDropoutBlock == 0,
               "tiles start at the corner of a dropout block");
 
+// scale_k is folded into the packed operand, where d·Bt may be far smaller than either: float16,
+// alone among the types, has too few exponents for that.
+DType product_dtype(const Program& program) {
+  const bool scaled = std::any_of(program.segments.begin(), program.segments.end(),
+                                  [](const Segment& s) { return s.scale_k != nullptr; });
+  return program.dtype == DType::kF16 && scaled ? DType::kF32 : compute_dtype(program.dtype);
+}
+
 // A row stride of whole pages puts the same columns of all rows into the same few cache sets.
 constexpr int64_t kPageBytes = 4096;
 
@@ -26,7 +34,7 @@ constexpr int64_t kPageBytes = 4096;
 
 TileRunner::TileRunner(const Program& program)
     : program_(program),
-      compute_(compute_dtype(program.dtype)),
+      compute_(product_dtype(program)),
       acc_(acc_dtype(compute_)),
       pairs_(pairs_rows_of_B(compute_)),
       table_(tile_ops()) {}
@@ -54,6 +62,17 @@ char* TileRunner::row(const Matrix& matrix, int64_t i) const {
     i -= block.rows;
   }
   return nullptr;
+}
+
+int64_t TileRunner::num_ranks(const Problem& p) const {
+  int64_t most = 0;
+  for (int32_t i = 0; i < p.num_segments; ++i) {
+    const Matrix& B = program_.segments[p.first_segment + i].B;
+    int64_t rows = 0;
+    for (int32_t b = 0; b < B.num_blocks; ++b) rows += program_.blocks[B.first_block + b].rows;
+    most = std::max(most, rows);
+  }
+  return most;
 }
 
 double TileRunner::load_scale(const void* scale, int64_t i) const {
@@ -91,13 +110,13 @@ void TileRunner::store_scale(void* scale, int64_t i, double value) const {
 // Packing the small operand
 // ---------------------------------------------------------------------------------------------------------------------
 
-int64_t TileRunner::packed_ld(Layout layout, const Problem& p, const Segment& s) const {
-  return round_up(layout == Layout::kTN ? s.K : p.N, 16);
+int64_t TileRunner::packed_ld(Layout layout, const Problem& p) const {
+  return layout == Layout::kTN ? kWgradDepth : round_up(p.N, 16);
 }
 
 int64_t TileRunner::packed_bytes(Layout layout, const Problem& p, const Segment& s) const {
-  const int64_t rows = layout == Layout::kTN ? p.M : round_up(s.K, 2);
-  return rows * packed_ld(layout, p, s) * compute_size();
+  const int64_t rows = layout == Layout::kTN ? ceil_div(s.K, kWgradDepth) * p.M : round_up(s.K, 2);
+  return rows * packed_ld(layout, p) * compute_size();
 }
 
 int64_t TileRunner::num_pack_jobs(Layout layout, const Problem& p, const Segment& s) const {
@@ -145,7 +164,7 @@ void TileRunner::pack(Layout layout, const Problem& p, const Segment& s, Packed 
     return;
   }
 
-  // NT: B (N,K) becomes (K,N). TN: A (K,M) becomes (M,K).
+  // NT: B (N,K) becomes (K,N). TN: A (K,M) becomes blocks (M, kWgradDepth).
   const int64_t c0 = layout == Layout::kNT ? chunk * kTileDepth : 0;
   const int64_t cols = layout == Layout::kNT ? std::min<int64_t>(kTileDepth, s.K - c0) : p.M;
   const int64_t rows_wanted = std::min<int64_t>(16, (layout == Layout::kNT ? p.N : s.K) - row0);
@@ -157,8 +176,10 @@ void TileRunner::pack(Layout layout, const Problem& p, const Segment& s, Packed 
     src[num_rows] = data + c0 * size;
   }
   if (layout == Layout::kTN) {
+    const int64_t block = row0 / kWgradDepth * p.M * kWgradDepth;
     ops(matrix.dtype)
-        .transpose(src, num_rows, cols, nullptr, packed.data + row0 * compute_size(), packed.ld);
+        .transpose(src, num_rows, cols, nullptr,
+                   packed.data + (block + row0 % kWgradDepth) * compute_size(), packed.ld);
     return;
   }
   double scale[kTileDepth];
@@ -284,6 +305,11 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
       }
     };
     sum_segments(p, rows, cols, m0, acc, ld_acc, add, scratch, multiply);
+    // Columns without a row of B: exact zeros, also where A holds an infinity.
+    const int64_t pad = layout == Layout::kNT ? std::max(num_ranks(p) - n0, int64_t{0}) : cols;
+    for (int64_t r = 0; pad < cols && r < rows; ++r) {
+      std::memset(acc + (r * ld_acc + pad) * acc_size(), 0, (cols - pad) * acc_size());
+    }
     if (in_place) continue;
 
     const double keep = has_dropout ? keep_scale(p.drop_threshold) : 1.0;
@@ -351,14 +377,14 @@ void TileRunner::wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, 
     for (int64_t k0 = 0; k0 < s.K; k0 += kWgradDepth) {
       const int64_t depth = std::min<int64_t>(kWgradDepth, s.K - k0);
       const Tile b = stream_columns(p, s, k0, depth, n0, cols, scratch);
+      const char* a = packed[i].data + (k0 / kWgradDepth * p.M + m0) * kWgradDepth * compute_size();
       // A converted tile is zero up to a multiple of 16 tokens, as packed A is; one read in place
       // ends where it ends.
       const bool converted = b.data == scratch.operand;
       const int64_t whole = converted ? round_up(depth, 16) : depth;
       for (int64_t k = 0; k < whole;) {
         const int64_t piece = converted ? whole : largest_piece(whole - k, kWgradDepth);
-        tile_gemm(compute_, rows, cols, piece,
-                  packed[i].data + (m0 * packed[i].ld + k0 + k) * compute_size(), packed[i].ld,
+        tile_gemm(compute_, rows, cols, piece, a + k * compute_size(), packed[i].ld,
                   b.data + k * b.ld * compute_size(), b.ld, out, kWgradColumns, add || k0 + k > 0);
         k += piece;
       }

@@ -24,7 +24,9 @@ constexpr int64_t kWgradRows = 256;
 constexpr int64_t kWgradColumns = 96;
 constexpr int64_t kWgradDepth = 128;
 
-// The small operand of one segment, packed: B (K,N) in NT and NN, op(A) (M,K) in TN.
+// The small operand of one segment, packed: B (K,N) in NT and NN; in TN op(A) in blocks (M,
+// kWgradDepth), one after the other: a row stride of K would make new micro-kernels for every
+// number of tokens, and the library keeps them all.
 struct Packed {
   char* data;
   int64_t ld;
@@ -49,7 +51,7 @@ class TileRunner {
   static Scratch scratch_at(char* memory);
 
   int64_t packed_bytes(Layout layout, const Problem& p, const Segment& s) const;
-  int64_t packed_ld(Layout layout, const Problem& p, const Segment& s) const;
+  int64_t packed_ld(Layout layout, const Problem& p) const;
   // A packing job is 16 rows of the operand as stored; jobs are independent.
   int64_t num_pack_jobs(Layout layout, const Problem& p, const Segment& s) const;
   void pack(Layout layout, const Problem& p, const Segment& s, Packed packed, int64_t job) const;
@@ -70,6 +72,8 @@ class TileRunner {
   int64_t compute_size() const { return element_size(compute_); }
   int64_t acc_size() const { return element_size(acc_); }
   char* row(const Matrix& matrix, int64_t i) const;
+  // The rows that the longest B of an NT problem has; C's columns beyond them are padding.
+  int64_t num_ranks(const Problem& p) const;
   const TileOps& ops(DType storage) const;
   uint64_t seed(const Problem& p) const { return static_cast<uint64_t>(*p.seed); }
 
