@@ -36,6 +36,8 @@ class GemmTile {
   static constexpr int kThreads = kTile.threads(), kStages = kTile.stages;
   static constexpr bool kAByK = kTile.A_rows_are_k(), kBByK = kTile.B_rows_are_k();
   static constexpr Layout kLayout = kTile.layout;
+  // Two stages are for a short reduction, of a block or two: registers are worth more.
+  static constexpr bool kUnrolls = kStages > 2;
   using ATile = TileLayout<kAByK ? kBlockK : kBlockM, kAByK ? kBlockM : kBlockK>;
   using BTile = TileLayout<kBByK ? kBlockK : kBlockN, kBByK ? kBlockN : kBlockK>;
   static_assert(config_is_sound(kTile), "a config must fit every architecture's shared memory");
@@ -103,8 +105,8 @@ class GemmTile {
     const TileColumns B_columns = {
         kBByK ? n0_ : k0, kBByK ? problem_.N : segment.K, segment.scale_k, k0, kBByK,
         args_.scale_dtype};
-    load_tile<ATile, kThreads, Element>(A_stage(k), A_rows(k), A_columns, segment.A);
-    load_tile<BTile, kThreads, Element>(B_stage(k), B_rows(k), B_columns, segment.B);
+    load_tile<ATile, kThreads, kUnrolls, Element>(A_stage(k), A_rows(k), A_columns, segment.A);
+    load_tile<BTile, kThreads, kUnrolls, Element>(B_stage(k), B_rows(k), B_columns, segment.B);
   }
 
   // acc += op(A_s) · scale_k ∘ op(B_s)
@@ -112,45 +114,58 @@ class GemmTile {
     const int num_k = ceil_div(segment.K, kBlockK);
     __syncthreads();  // the tables and stages of the segment or tile before are read
     write_fixed_rows(segment);
+    // kStages - 1 turns that only load come first: one loop, so the loads' code exists once.
 #pragma unroll 1
-    for (int k = 0; k < kStages - 1; ++k) {
-      if (k < num_k) {
-        write_k_rows(segment, k);
-        __syncthreads();  // the tables are written
-        load_stage(segment, k);
-      }
-      cp_async_commit();
-    }
-#pragma unroll 1
-    for (int k = 0; k < num_k; ++k) {
+    for (int k = 1 - kStages; k < num_k; ++k) {
       const int next = k + kStages - 1;
       if (next < num_k) write_k_rows(segment, next);
       cp_async_wait<kStages - 2>();  // leaves exactly the newer ones pending: k has landed
-      __syncthreads();  // k is visible to all; k - 1 is read, its stage may be overwritten
+      // k and the tables of next are visible to all; k - 1 is read, its stage may be overwritten.
+      __syncthreads();
       if (next < num_k) load_stage(segment, next);
       cp_async_commit();
-      compute_stage(acc, k);
+      if (k >= 0) compute_stage(acc, k);
     }
     cp_async_wait<0>();
   }
 
+  // Of the two operands' fragments, the fewer are kept in registers and the others pass by.
   __device__ void compute_stage(Accumulators& acc, int k) const {
     const uint32_t A = smem_address(A_stage(k)), B = smem_address(B_stage(k));
 #pragma unroll
     for (int kk = 0; kk < kBlockK / 16; ++kk) {
       const int k16 = k * (kBlockK / 16) + kk;
-      uint32_t b[kTilesN][2];
-      load_B(b, B, kk, k16);
+      if constexpr (4 * kTilesM <= 2 * kTilesN) {
+        uint32_t a[kTilesM][4];
 #pragma unroll
-      for (int i = 0; i < kTilesM; ++i) {
-        uint32_t a[4];
-        load_A(a, A, i, kk, k16);
+        for (int i = 0; i < kTilesM; ++i) load_A(a[i], A, i, kk, k16);
 #pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
-          mma_m16n8k16(acc[i][j], a, b[j][0], b[j][1], Element());
+        for (int j = 0; j < kTilesN; j += 2) {
+          uint32_t b[4];
+          load_B(b, B, j, kk, k16);
+#pragma unroll
+          for (int i = 0; i < kTilesM; ++i) multiply(acc[i], a[i], b, j);
+        }
+      } else {
+        uint32_t b[(kTilesN + 1) / 2][4];
+#pragma unroll
+        for (int j = 0; j < kTilesN; j += 2) load_B(b[j / 2], B, j, kk, k16);
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i) {
+          uint32_t a[4];
+          load_A(a, A, i, kk, k16);
+#pragma unroll
+          for (int j = 0; j < kTilesN; j += 2) multiply(acc[i], a, b[j / 2], j);
         }
       }
     }
+  }
+
+  // The n8 tiles j and j + 1, where the second one exists.
+  __device__ static void multiply(float (&acc)[kTilesN][4], const uint32_t (&a)[4],
+                                  const uint32_t (&b)[4], int j) {
+    mma_m16n8k16(acc[j], a, b[0], b[1], Element());
+    if (j + 1 < kTilesN) mma_m16n8k16(acc[j + 1], a, b[2], b[3], Element());
   }
 
   __device__ void load_A(uint32_t (&a)[4], uint32_t tile, int i, int kk, int k16) const {
@@ -170,36 +185,25 @@ class GemmTile {
     }
   }
 
-  __device__ void load_B(uint32_t (&b)[kTilesN][2], uint32_t tile, int kk, int k16) const {
-#pragma unroll
-    for (int j = 0; j + 1 < kTilesN; j += 2) {
-      const int n = warp_n_ + 8 * j;
-      uint32_t r[4];
-      if constexpr (kBByK) {
-        const ChunkCoord c = fragment_by_rows(lane_);
-        ldmatrix_x4_trans(r, tile + BTile::offset(16 * kk + c.row, n / kChunk + c.chunk));
-      } else {
-        const ChunkCoord c = fragment_by_columns(lane_);
-        ldmatrix_x4(r, tile + BTile::offset(n + c.row, 2 * kk + c.chunk));
-      }
-      if constexpr (kDropout && kLayout == Layout::kTN) {
-        // Tokens are along k here: an A fragment's masks, each transposed.
-        uint32_t keep[4];
-        keep_masks(keep, seed_, problem_.drop_threshold, k16, (n0_ + n) / 16);
-#pragma unroll
-        for (int q = 0; q < 4; ++q) r[q] &= movmatrix_trans(keep[q]);
-      }
-      b[j][0] = r[0];
-      b[j][1] = r[1];
-      b[j + 1][0] = r[2];
-      b[j + 1][1] = r[3];
-    }
-    if constexpr (kTilesN % 2 != 0) {
-      static_assert(!kBByK, "an odd number of n8 tiles occurs only where B is stored (N,K)");
+  __device__ void load_B(uint32_t (&b)[4], uint32_t tile, int j, int kk, int k16) const {
+    const int n = warp_n_ + 8 * j;
+    if constexpr (kBByK) {
+      static_assert(kTilesN % 2 == 0, "n8 tiles come in pairs where B is stored (K,N)");
+      const ChunkCoord c = fragment_by_rows(lane_);
+      ldmatrix_x4_trans(b, tile + BTile::offset(16 * kk + c.row, n / kChunk + c.chunk));
+    } else if (j + 1 < kTilesN) {
+      const ChunkCoord c = fragment_by_columns(lane_);
+      ldmatrix_x4(b, tile + BTile::offset(n + c.row, 2 * kk + c.chunk));
+    } else {
       const ChunkCoord c = fragment_by_columns(lane_ % 16);
-      const int n = warp_n_ + 8 * (kTilesN - 1);
-      ldmatrix_x2(b[kTilesN - 1][0], b[kTilesN - 1][1],
-                  tile + BTile::offset(n + c.row, 2 * kk + c.chunk));
+      ldmatrix_x2(b[0], b[1], tile + BTile::offset(n + c.row, 2 * kk + c.chunk));
+    }
+    if constexpr (kDropout && kLayout == Layout::kTN) {
+      // Tokens are along k here: an A fragment's masks, each transposed.
+      uint32_t keep[4];
+      keep_masks(keep, seed_, problem_.drop_threshold, k16, (n0_ + n) / 16);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) b[q] &= movmatrix_trans(keep[q]);
     }
   }
 

@@ -44,11 +44,14 @@ struct TileColumns {
   DType scale_dtype;
 };
 
-template <class Layout, int kThreads>
+// kUnrolls: the addresses of all copies stay in registers from one k block to the next.
+template <class Layout, int kThreads, bool kUnrolls>
 __device__ __forceinline__ void copy_tile(uint32_t tile, const uint64_t* rows,
                                           const TileColumns& columns) {
-#pragma unroll
-  for (int i = 0; i < ceil_div(Layout::kChunks, kThreads); ++i) {
+  constexpr int kCopies = ceil_div(Layout::kChunks, kThreads);
+  constexpr int kUnroll = kUnrolls ? kCopies : 1;
+#pragma unroll kUnroll
+  for (int i = 0; i < kCopies; ++i) {
     const int index = threadIdx.x + i * kThreads;
     if (Layout::kChunks % kThreads != 0 && index >= Layout::kChunks) break;
     const ChunkCoord c = Layout::coord(index);
@@ -94,11 +97,11 @@ __device__ __forceinline__ void convert_tile(char* tile, const uint64_t* rows,
   }
 }
 
-template <class Layout, int kThreads, class Element>
+template <class Layout, int kThreads, bool kUnrolls, class Element>
 __device__ __forceinline__ void load_tile(char* tile, const uint64_t* rows,
                                           const TileColumns& columns, const MatrixArg& matrix) {
   if (matrix.is_aligned && !matrix.is_f32 && columns.scale_k == nullptr) {
-    copy_tile<Layout, kThreads>(smem_address(tile), rows, columns);
+    copy_tile<Layout, kThreads, kUnrolls>(smem_address(tile), rows, columns);
   } else {
     convert_tile<Layout, kThreads, Element>(tile, rows, columns, matrix);
   }
