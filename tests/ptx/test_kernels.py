@@ -7,8 +7,9 @@ import torch
 
 from ptx.conftest import ModuleLoader, SummaryLines
 from ptx.executor import Module, Options, counter_row, counter_table
-from ptx.gemm_programs import GROUPS, Group, Maker, expand, merge, shrink, wgrad
+from ptx.gemm_programs import GROUPS, Group, Maker, dropped, expand, merge, shrink, wgrad
 from ptx.planned_gemm import CSRC, KERNELS, Planned, ProblemCase, SegmentCase, check
+from rasa_ext import dropout_mask
 
 ADVERSARIAL = [Options(adversarial=True, seed=s) for s in (1, 2, 3)]
 
@@ -61,7 +62,6 @@ def test_problems_of_different_shapes_share_a_group(module: Module) -> None:
 @pytest.mark.parametrize("with_C_in", [False, True])
 def test_without_a_reduction_C_is_C_in(module: Module, layout: str, with_C_in: bool) -> None:
     m = Maker()
-    empty = torch.empty(0, 0, dtype=m.dtype)
     segments = [SegmentCase([], [], 0)] if with_C_in else []
     C_in = m.matrix(20, 24)
     case = ProblemCase(20, 24, segments, [m.empty(20, 24)], [C_in] if with_C_in else [])
@@ -69,7 +69,27 @@ def test_without_a_reduction_C_is_C_in(module: Module, layout: str, with_C_in: b
     for result in planned.run(module, ADVERSARIAL[0]):
         assert result.ok, result.report()
     expected = C_in if with_C_in else torch.zeros(20, 24, dtype=m.dtype)
-    assert torch.equal(planned.read(case.C[0]), expected), empty
+    assert torch.equal(planned.read(case.C[0]), expected)
+
+
+@pytest.mark.parametrize("layout", ["NT", "NN", "TN"])
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_draws_the_bits_of_the_cpu(module: Module, layout: str, p: float) -> None:
+    """A product with the identity shows the mask itself."""
+    n, dtype = 40, torch.bfloat16
+    ones, eye = torch.ones(n, n, dtype=dtype), torch.eye(n, dtype=dtype)
+    A, B = (eye, ones) if layout == "TN" else (ones, eye)
+    if layout == "NN":
+        A, B = A[:, :1].contiguous(), ones[:1].contiguous()
+    case = ProblemCase(
+        n, n, [SegmentCase([A], [B], B.shape[0])], [torch.full_like(ones, torch.nan)]
+    )
+    case = dropped(case, p)
+    planned = Planned(layout, dtype, [case], dtype)
+    for result in planned.run(module, ADVERSARIAL[2]):
+        assert result.ok, result.report()
+    assert case.seed is not None
+    assert torch.equal(planned.read(case.C[0]) != 0, dropout_mask(case.seed, n, n, p))
 
 
 def test_what_no_kernel_does_is_refused() -> None:
