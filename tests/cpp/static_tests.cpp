@@ -1,5 +1,7 @@
 // What the compiler can prove: this file compiles, or a statement below is false. It is never run.
 // It is C++17 without torch, as kernels are, and so shows that the headers they share are too.
+#include "cuda/gemm_config.h"
+#include "cuda/kernel_args.h"
 #include "gemm_problem.h"
 #include "host_device.h"
 #include "philox.h"
@@ -24,4 +26,97 @@ static_assert(element_size(DType::kBF16) == 2 && element_size(DType::kF16) == 2,
 
 static_assert(kDrawRange == 1u << 15, "a draw is 15 bits: p is rounded to a multiple of 2^-15");
 
+namespace cuda {
+
+// Groups of 4 banks that 8 chunks lie in, as a set of bits; 0xff when no two share one.
+constexpr int banks(const int (&offsets)[8]) {
+  int groups = 0;
+  for (const int offset : offsets) groups |= 1 << offset / kChunkBytes % 8;
+  return groups;
+}
+
+template <int kRows, int kCols>
+constexpr bool layout_holds() {
+  using Tile = TileLayout<kRows, kCols>;
+  bool is_used[Tile::kChunks] = {};
+  for (int i = 0; i < Tile::kChunks; ++i) {
+    const ChunkCoord c = Tile::coord(i);
+    const int offset = Tile::offset(c.row, c.chunk);
+    if (c.row >= kRows || c.chunk >= kCols / kChunk || offset % kChunkBytes != 0 ||
+        offset >= Tile::kBytes || is_used[offset / kChunkBytes]) {
+      return false;
+    }
+    is_used[offset / kChunkBytes] = true;
+  }
+  for (int i = 0; i < Tile::kChunks; i += 8) {  // 8 lanes of a copy
+    int offsets[8] = {};
+    for (int lane = 0; lane < 8; ++lane) {
+      const ChunkCoord c = Tile::coord(i + lane);
+      offsets[lane] = Tile::offset(c.row, c.chunk);
+    }
+    if (banks(offsets) != 0xff) return false;
+  }
+  for (int chunk = 0; chunk < kCols / kChunk; ++chunk) {  // 8 rows of an ldmatrix
+    for (int row = 0; row < kRows; row += 8) {
+      int offsets[8] = {};
+      for (int r = 0; r < 8; ++r) offsets[r] = Tile::offset(row + r, chunk);
+      if (banks(offsets) != 0xff) return false;
+    }
+  }
+  return true;
+}
+static_assert(layout_holds<128, 64>() && layout_holds<40, 64>() && layout_holds<80, 64>(),
+              "shrink: a tile's chunks fill it once, copies and ldmatrix have no bank conflicts");
+static_assert(layout_holds<128, 32>() && layout_holds<160, 32>(), "shrink at 160 ranks");
+static_assert(layout_holds<128, 48>() && layout_holds<48, 128>() && layout_holds<128, 80>() &&
+                  layout_holds<80, 128>(),
+              "expand and merge");
+static_assert(layout_holds<64, 48>() && layout_holds<64, 128>() && layout_holds<64, 80>() &&
+                  layout_holds<32, 160>() && layout_holds<32, 128>(),
+              "wgrad");
+
+// Lanes 8i to 8i + 7 address matrix i, rows in order; the four matrices are the corners of 16 × 16.
+constexpr bool fragments_hold() {
+  for (int lane = 0; lane < 32; ++lane) {
+    const ChunkCoord rows = fragment_by_rows(lane), columns = fragment_by_columns(lane);
+    const int matrix = lane / 8;
+    if (rows.row != lane % 8 + matrix % 2 * 8 || rows.chunk != matrix / 2) return false;
+    if (columns.row != lane % 8 + matrix / 2 * 8 || columns.chunk != matrix % 2) return false;
+  }
+  return true;
+}
+static_assert(fragments_hold(), "ldmatrix's results are in the order of mma's operands");
+
+constexpr bool schedule_holds(Layout layout, int tiles_m, int tiles_n) {
+  bool is_done[64] = {};
+  for (int tile = 0; tile < tiles_m * tiles_n; ++tile) {
+    const TileCoord c = tile_coord(layout, tile, tiles_m, tiles_n);
+    if (c.m >= tiles_m || c.n >= tiles_n || is_done[c.m * tiles_n + c.n]) return false;
+    is_done[c.m * tiles_n + c.n] = true;
+  }
+  return true;
+}
+static_assert(schedule_holds(Layout::kNT, 7, 3) && schedule_holds(Layout::kNN, 7, 3) &&
+                  schedule_holds(Layout::kTN, 1, 8) && schedule_holds(Layout::kTN, 8, 8),
+              "every tile is computed once");
+
+constexpr bool configs_hold() {
+  for (int id = 0; id < kNumConfigs; ++id) {
+    if (!config_is_sound(tile_config(static_cast<ConfigId>(id)))) return false;
+  }
+  return true;
+}
+static_assert(configs_hold(), "every config fits the shared memory of every architecture");
+
+constexpr bool rank_fits_one_tile(int64_t R) {
+  const TileConfig shrink = tile_config(select_config(Layout::kNT, 4096, R, 4096, false));
+  const TileConfig wgrad = tile_config(select_config(Layout::kTN, R, 4096, 4096, false));
+  return shrink.layout == Layout::kNT && shrink.block_n >= R && wgrad.layout == Layout::kTN &&
+         wgrad.block_m >= R;
+}
+static_assert(rank_fits_one_tile(7) && rank_fits_one_tile(39) && rank_fits_one_tile(40) &&
+                  rank_fits_one_tile(78) && rank_fits_one_tile(156),
+              "one tile holds the whole rank, so the long operand is read once");
+
+}  // namespace cuda
 }  // namespace rasa

@@ -39,6 +39,13 @@ def test_a_changed_header_is_compiled_again(sources: Path) -> None:
     assert compile_ptx(sources / "f.cu") != first
 
 
+def test_a_change_below_a_folder_named_cuda_is_noticed(sources: Path) -> None:
+    folder = sources.rename(sources.with_name("cuda"))
+    first = compile_ptx(folder / "f.cu")
+    (folder / "value.h").write_text("constexpr int kValue = 77;\n")
+    assert compile_ptx(folder / "f.cu") != first
+
+
 def test_a_compiler_error_is_shown(sources: Path) -> None:
     (sources / "f.cu").write_text("no C++\n")
     with pytest.raises(ExecutorError, match=r"(?s)nvcc failed on f\.cu.*error"):

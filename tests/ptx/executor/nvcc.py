@@ -58,7 +58,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _compile(source: Path, flags: list[str], manifest: Path) -> None:
-    """Write PTX and the digests of the inputs that are no part of the toolkit."""
+    """Write PTX and the digests of the inputs outside of /usr, where toolkits lie."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise ExecutorError("nvcc is not on PATH")
@@ -68,7 +68,5 @@ def _compile(source: Path, flags: list[str], manifest: Path) -> None:
     if result.returncode:
         raise ExecutorError(f"nvcc failed on {source.name}:\n{result.stderr[:4000]}")
     names = re.sub(r"\\\n", " ", depfile.read_text().split(":", 1)[1]).split()
-    inputs = {
-        n: _file_digest(Path(n)) for n in names if not n.startswith("/usr/") and "/cuda" not in n
-    }
+    inputs = {n: _file_digest(Path(n)) for n in names if not n.startswith("/usr/")}
     manifest.write_text(json.dumps({"inputs": inputs, "ptx": ptx.read_text()}))

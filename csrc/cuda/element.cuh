@@ -1,0 +1,87 @@
+// The 16-bit element types, and loads that convert.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernel_args.h"
+
+namespace rasa::cuda {
+
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ void round_to(float x, __nv_bfloat16& out) {
+  out = __float2bfloat16_rn(x);
+}
+__device__ __forceinline__ void round_to(float x, __half& out) { out = __float2half_rn(x); }
+
+// Two elements in a register, the first in the low half.
+__device__ __forceinline__ uint32_t pack(float lo, float hi, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ __forceinline__ uint32_t pack(float lo, float hi, __half) {
+  const __half2 pair = __floats2half2_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ __forceinline__ float2 unpack(uint32_t pair, __nv_bfloat16) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+}
+__device__ __forceinline__ float2 unpack(uint32_t pair, __half) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
+template <class Element>
+__device__ __forceinline__ float load_as_float(uint64_t row, int i, bool is_f32) {
+  return is_f32 ? reinterpret_cast<const float*>(row)[i]
+                : to_float(reinterpret_cast<const Element*>(row)[i]);
+}
+
+__device__ __forceinline__ float load_scale(const void* scale, int i, DType dtype) {
+  if (dtype == DType::kF32) return static_cast<const float*>(scale)[i];
+  if (dtype == DType::kBF16) return to_float(static_cast<const __nv_bfloat16*>(scale)[i]);
+  return to_float(static_cast<const __half*>(scale)[i]);
+}
+
+// 4 elements of a row from i on, of which `count` exist; zeros beyond.
+template <class Element>
+__device__ __forceinline__ float4 load_4(uint64_t row, int i, int count, const MatrixArg& matrix) {
+  if (count >= 4 && matrix.is_aligned) {
+    if (matrix.is_f32) return *reinterpret_cast<const float4*>(row + int64_t{4} * i);
+    const uint2 pairs = *reinterpret_cast<const uint2*>(row + int64_t{2} * i);
+    const float2 lo = unpack(pairs.x, Element()), hi = unpack(pairs.y, Element());
+    return {lo.x, lo.y, hi.x, hi.y};
+  }
+  const auto at = [&](int j) {
+    return j < count ? load_as_float<Element>(row, i + j, matrix.is_f32) : 0.0f;
+  };
+  return {at(0), at(1), at(2), at(3)};
+}
+
+template <class Element>
+__device__ __forceinline__ void store_4(uint64_t row, int i, int count, const MatrixArg& matrix,
+                                        const float4& v) {
+  if (count >= 4 && matrix.is_aligned) {
+    if (matrix.is_f32) {
+      *reinterpret_cast<float4*>(row + int64_t{4} * i) = v;
+    } else {
+      *reinterpret_cast<uint2*>(row + int64_t{2} * i) = {pack(v.x, v.y, Element()),
+                                                         pack(v.z, v.w, Element())};
+    }
+    return;
+  }
+  const auto put = [&](int j, float x) {
+    if (j >= count) return;
+    if (matrix.is_f32) {
+      reinterpret_cast<float*>(row)[i + j] = x;
+    } else {
+      round_to(x, reinterpret_cast<Element*>(row)[i + j]);
+    }
+  };
+  put(0, v.x);
+  put(1, v.y);
+  put(2, v.z);
+  put(3, v.w);
+}
+
+}  // namespace rasa::cuda

@@ -1,0 +1,283 @@
+// The grouped GEMM: gemm_problem.h gives the formula of one problem.
+//
+//            N                        A block computes tiles of kBlockM × kBlockN, one after the
+//      ┌────────┬────────┐            other, of all problems of the launch (a persistent grid).
+//      │ warp 0 │ warp 1 │ kWarpM
+//    M ├────────┼────────┤            Shared memory:
+//      │ warp 2 │ warp 3 │              stages × (A tile, B tile), 16-bit, as stored globally and
+//      └────────┴────────┘              swizzled (smem_layout.h); over them, in the epilogue, the
+//        kWarpN                         staging rows of each warp in fp32
+//                                       tables of row addresses: A, B, C, C_in
+//
+// The three forms differ in which axis of an operand is along its rows:
+//   NT   A (M,K)   B (N,K)     NN   A (M,K)   B (K,N)     TN   A (K,M)   B (K,N)
+// Rows along M or N have one table per segment, rows along k one per k block, written a turn ahead.
+//
+// Invariant at the top of the k loop: the copies of k blocks k … k + kStages - 2 are committed, one
+// group each, and no warp reads stage (k - 1) % kStages after the barrier.
+//
+// Preconditions: every problem of the launch has the layout of kId; blocks of a matrix that
+// is_aligned are 16-byte aligned in base and row stride; dropout only where kDropout.
+#pragma once
+
+#include "dropout.cuh"
+#include "epilogue.cuh"
+#include "gemm_config.h"
+#include "operand_tile.cuh"
+
+namespace rasa::cuda {
+
+template <ConfigId kId, class Element, bool kDropout>
+class GemmTile {
+  static constexpr TileConfig kTile = tile_config(kId);
+  static constexpr int kBlockM = kTile.block_m, kBlockN = kTile.block_n, kBlockK = kTile.block_k;
+  static constexpr int kWarpM = kTile.warp_m(), kWarpN = kTile.warp_n();
+  static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
+  static constexpr int kThreads = kTile.threads(), kStages = kTile.stages;
+  static constexpr bool kAByK = kTile.A_rows_are_k(), kBByK = kTile.B_rows_are_k();
+  static constexpr Layout kLayout = kTile.layout;
+  // Two stages are for a short reduction, of a block or two: registers are worth more.
+  static constexpr bool kUnrolls = kStages > 2;
+  using ATile = TileLayout<kAByK ? kBlockK : kBlockM, kAByK ? kBlockM : kBlockK>;
+  using BTile = TileLayout<kBByK ? kBlockK : kBlockN, kBByK ? kBlockN : kBlockK>;
+  static_assert(config_is_sound(kTile), "a config must fit every architecture's shared memory");
+
+ public:
+  using Accumulators = float[kTilesM][kTilesN][4];
+
+  __device__ GemmTile(const KernelArgs& args, char* smem, int tile)
+      : args_(args),
+        smem_(smem),
+        problem_(args.problem(args.problem_of(tile))),
+        lane_(threadIdx.x % 32),
+        warp_m_(threadIdx.x / 32 / kTile.warps_n * kWarpM),
+        warp_n_(threadIdx.x / 32 % kTile.warps_n * kWarpN) {
+    const int tiles_m = ceil_div(problem_.M, kBlockM), tiles_n = ceil_div(problem_.N, kBlockN);
+    const int first = args.tile_start(args.problem_of(tile));
+    const TileCoord coord = tile_coord(kLayout, tile - first, tiles_m, tiles_n);
+    m0_ = coord.m * kBlockM;
+    n0_ = coord.n * kBlockN;
+    if (problem_.seed != nullptr) seed_ = static_cast<uint64_t>(*problem_.seed);
+  }
+
+  __device__ void run() {
+    Accumulators acc = {};
+    for (int s = 0; s < problem_.num_segments; ++s) {
+      const SegmentArg& segment = args_.segment(problem_.first_segment + s);
+      if constexpr (kTile.scales_segments) {
+        Accumulators sum = {};
+        add_segment(sum, segment);
+        add_scaled(acc, sum, segment.scale_m);
+      } else {
+        // Segments share the accumulators: they are summed in registers, never in memory.
+        add_segment(acc, segment);
+      }
+    }
+    const bool one_scale = !kTile.scales_segments && problem_.num_segments == 1;
+    store(acc, one_scale ? args_.segment(problem_.first_segment).scale_m : nullptr);
+  }
+
+ private:
+  __device__ char* A_stage(int k) const { return smem_ + k % kStages * kTile.stage_bytes(); }
+  __device__ char* B_stage(int k) const { return A_stage(k) + ATile::kBytes; }
+  __device__ uint64_t* tables() const {
+    return reinterpret_cast<uint64_t*>(smem_ + kStages * kTile.stage_bytes());
+  }
+  __device__ uint64_t* A_rows(int k) const { return tables() + (kAByK ? k % 2 * kBlockK : 0); }
+  __device__ uint64_t* B_rows(int k) const {
+    return tables() + kTile.A_entries() + (kBByK ? k % 2 * kBlockK : 0);
+  }
+
+  __device__ void write_fixed_rows(const SegmentArg& segment) const {
+    if constexpr (!kAByK) write_rows(A_rows(0), kBlockM, args_, segment.A, m0_, problem_.M);
+    if constexpr (!kBByK) write_rows(B_rows(0), kBlockN, args_, segment.B, n0_, problem_.N);
+  }
+  __device__ void write_k_rows(const SegmentArg& segment, int k) const {
+    const int first = k * kBlockK;
+    if constexpr (kAByK) write_rows(A_rows(k), kBlockK, args_, segment.A, first, segment.K);
+    if constexpr (kBByK) write_rows(B_rows(k), kBlockK, args_, segment.B, first, segment.K);
+  }
+
+  __device__ void load_stage(const SegmentArg& segment, int k) const {
+    const int k0 = k * kBlockK;
+    const TileColumns A_columns = {
+        kAByK ? m0_ : k0, kAByK ? problem_.M : segment.K, nullptr, 0, false, args_.scale_dtype};
+    const TileColumns B_columns = {
+        kBByK ? n0_ : k0, kBByK ? problem_.N : segment.K, segment.scale_k, k0, kBByK,
+        args_.scale_dtype};
+    load_tile<ATile, kThreads, kUnrolls, Element>(A_stage(k), A_rows(k), A_columns, segment.A);
+    load_tile<BTile, kThreads, kUnrolls, Element>(B_stage(k), B_rows(k), B_columns, segment.B);
+  }
+
+  // acc += op(A_s) · scale_k ∘ op(B_s)
+  __device__ void add_segment(Accumulators& acc, const SegmentArg& segment) const {
+    const int num_k = ceil_div(segment.K, kBlockK);
+    __syncthreads();  // the tables and stages of the segment or tile before are read
+    write_fixed_rows(segment);
+    // kStages - 1 turns that only load come first: one loop, so the loads' code exists once.
+#pragma unroll 1
+    for (int k = 1 - kStages; k < num_k; ++k) {
+      const int next = k + kStages - 1;
+      if (next < num_k) write_k_rows(segment, next);
+      cp_async_wait<kStages - 2>();  // leaves exactly the newer ones pending: k has landed
+      // k and the tables of next are visible to all; k - 1 is read, its stage may be overwritten.
+      __syncthreads();
+      if (next < num_k) load_stage(segment, next);
+      cp_async_commit();
+      if (k >= 0) compute_stage(acc, k);
+    }
+    cp_async_wait<0>();
+  }
+
+  // Of the two operands' fragments, the fewer are kept in registers and the others pass by.
+  __device__ void compute_stage(Accumulators& acc, int k) const {
+    const uint32_t A = smem_address(A_stage(k)), B = smem_address(B_stage(k));
+#pragma unroll
+    for (int kk = 0; kk < kBlockK / 16; ++kk) {
+      const int k16 = k * (kBlockK / 16) + kk;
+      if constexpr (4 * kTilesM <= 2 * kTilesN) {
+        uint32_t a[kTilesM][4];
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i) load_A(a[i], A, i, kk, k16);
+#pragma unroll
+        for (int j = 0; j < kTilesN; j += 2) {
+          uint32_t b[4];
+          load_B(b, B, j, kk, k16);
+#pragma unroll
+          for (int i = 0; i < kTilesM; ++i) multiply(acc[i], a[i], b, j);
+        }
+      } else {
+        uint32_t b[(kTilesN + 1) / 2][4];
+#pragma unroll
+        for (int j = 0; j < kTilesN; j += 2) load_B(b[j / 2], B, j, kk, k16);
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i) {
+          uint32_t a[4];
+          load_A(a, A, i, kk, k16);
+#pragma unroll
+          for (int j = 0; j < kTilesN; j += 2) multiply(acc[i], a, b[j / 2], j);
+        }
+      }
+    }
+  }
+
+  // The n8 tiles j and j + 1, where the second one exists.
+  __device__ static void multiply(float (&acc)[kTilesN][4], const uint32_t (&a)[4],
+                                  const uint32_t (&b)[4], int j) {
+    mma_m16n8k16(acc[j], a, b[0], b[1], Element());
+    if (j + 1 < kTilesN) mma_m16n8k16(acc[j + 1], a, b[2], b[3], Element());
+  }
+
+  __device__ void load_A(uint32_t (&a)[4], uint32_t tile, int i, int kk, int k16) const {
+    const int m = warp_m_ + 16 * i;
+    if constexpr (kAByK) {
+      const ChunkCoord c = fragment_by_columns(lane_);
+      ldmatrix_x4_trans(a, tile + ATile::offset(16 * kk + c.row, m / kChunk + c.chunk));
+    } else {
+      const ChunkCoord c = fragment_by_rows(lane_);
+      ldmatrix_x4(a, tile + ATile::offset(m + c.row, 2 * kk + c.chunk));
+    }
+    if constexpr (kDropout && kLayout == Layout::kNT) {
+      uint32_t keep[4];
+      keep_masks(keep, seed_, problem_.drop_threshold, (m0_ + m) / 16, k16);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) a[r] &= keep[r];
+    }
+  }
+
+  __device__ void load_B(uint32_t (&b)[4], uint32_t tile, int j, int kk, int k16) const {
+    const int n = warp_n_ + 8 * j;
+    if constexpr (kBByK) {
+      static_assert(kTilesN % 2 == 0, "n8 tiles come in pairs where B is stored (K,N)");
+      const ChunkCoord c = fragment_by_rows(lane_);
+      ldmatrix_x4_trans(b, tile + BTile::offset(16 * kk + c.row, n / kChunk + c.chunk));
+    } else if (j + 1 < kTilesN) {
+      const ChunkCoord c = fragment_by_columns(lane_);
+      ldmatrix_x4(b, tile + BTile::offset(n + c.row, 2 * kk + c.chunk));
+    } else {
+      const ChunkCoord c = fragment_by_columns(lane_ % 16);
+      ldmatrix_x2(b[0], b[1], tile + BTile::offset(n + c.row, 2 * kk + c.chunk));
+    }
+    if constexpr (kDropout && kLayout == Layout::kTN) {
+      // Tokens are along k here: an A fragment's masks, each transposed.
+      uint32_t keep[4];
+      keep_masks(keep, seed_, problem_.drop_threshold, k16, (n0_ + n) / 16);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) b[q] &= movmatrix_trans(keep[q]);
+    }
+  }
+
+  // acc += scale_m ∘ sum
+  __device__ void add_scaled(Accumulators& acc, const Accumulators& sum,
+                             const void* scale_m) const {
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int m = m0_ + warp_m_ + 16 * i + 8 * half + lane_ / 4;
+        const bool is_scaled = scale_m != nullptr && m < problem_.M;
+        const float scale = is_scaled ? load_scale(scale_m, m, args_.scale_dtype) : 1.0f;
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+          acc[i][j][2 * half] += scale * sum[i][j][2 * half];
+          acc[i][j][2 * half + 1] += scale * sum[i][j][2 * half + 1];
+        }
+      }
+    }
+  }
+
+  __device__ void store(Accumulators& acc, const void* scale_m) const {
+    uint64_t* C_rows = tables() + kTile.A_entries() + kTile.B_entries();
+    uint64_t* C_in_rows = C_rows + kBlockM;
+    __syncthreads();  // every warp has read the last stage, and the last tile's rows of C
+    write_rows(C_rows, kBlockM, args_, problem_.C, m0_, problem_.M);
+    write_rows(C_in_rows, kBlockM, args_, problem_.C_in, m0_, problem_.M);
+    __syncthreads();  // the tables are written
+    constexpr int kPitch = kTile.staging_pitch();
+    float* rows16 = reinterpret_cast<float*>(smem_) + threadIdx.x / 32 * 16 * kPitch;
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+      if constexpr (kDropout && kLayout == Layout::kNN) drop_sums(acc[i], i);
+      stage_rows<kTilesN, kPitch>(rows16, acc[i]);
+      __syncwarp();  // the warp's rows are staged
+      store_rows<kWarpN, kPitch, Element>(rows16, {C_rows, C_in_rows}, warp_m_ + 16 * i, m0_,
+                                          n0_ + warp_n_, problem_, scale_m, args_.scale_dtype);
+      __syncwarp();  // they are read, the next ones may be staged
+    }
+  }
+
+  __device__ void drop_sums(float (&acc)[kTilesN][4], int i) const {
+#pragma unroll
+    for (int j = 0; j < kTilesN; j += 2) {
+      uint32_t keep[4];
+      keep_masks(keep, seed_, problem_.drop_threshold, (m0_ + warp_m_) / 16 + i,
+                 (n0_ + warp_n_ + 8 * j) / 16);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {  // q: rows + 8 (q % 2), columns + 8 (q / 2)
+        float* pair = &acc[j + q / 2][2 * (q % 2)];
+        if ((keep[q] & 0xffffu) == 0) pair[0] = 0.0f;
+        if ((keep[q] & 0xffff0000u) == 0) pair[1] = 0.0f;
+      }
+    }
+  }
+
+  const KernelArgs& args_;
+  char* const smem_;
+  const ProblemArg& problem_;
+  const int lane_;
+  const int warp_m_, warp_n_;  // the warp's corner in the tile
+  int m0_, n0_;                // the tile's corner in C
+  uint64_t seed_ = 0;
+};
+
+template <ConfigId kId, class Element, bool kDropout>
+__global__ void __launch_bounds__(tile_config(kId).threads(), blocks_per_sm(kId, kDropout))
+    grouped_gemm_sm80(const __grid_constant__ KernelArgs args) {
+  extern __shared__ __align__(1024) char smem[];
+#pragma unroll 1
+  for (int tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x) {
+    GemmTile<kId, Element, kDropout>(args, smem, tile).run();
+  }
+}
+
+}  // namespace rasa::cuda

@@ -1,0 +1,85 @@
+// The argument block of the kernels: passed by value, so it needs no copy to the device and can be
+// captured in a CUDA graph. Flat arrays, packed into one buffer.
+#pragma once
+
+#include "../gemm_problem.h"
+#include "../host_device.h"
+
+namespace rasa::cuda {
+
+constexpr int kMaxArgBytes = 32764;  // from CUDA 12.1 on, sm_70+
+
+struct MatrixArg {
+  uint16_t first_block, num_blocks;
+  uint16_t is_f32;      // else the launch's 16-bit type
+  uint16_t is_aligned;  // every row starts at a multiple of 16 bytes
+};
+
+struct SegmentArg {
+  const void* scale_k;
+  const void* scale_m;
+  MatrixArg A, B;
+  int32_t K;
+  int32_t unused;
+};
+
+struct ProblemArg {
+  const int64_t* seed;  // nullptr: no dropout
+  int32_t M, N;
+  int32_t first_segment, num_segments;
+  MatrixArg C, C_in;
+  uint32_t drop_threshold;
+  float keep_scale;  // of the sum: 1 without dropout
+};
+
+struct KernelArgs {
+  int32_t num_problems, num_tiles;
+  int32_t segments_at, blocks_at, tile_starts_at;  // in data, in bytes; problems are at 0
+  DType scale_dtype;
+  alignas(8) unsigned char data[32760 - 24];
+
+  // By reference, never by value: a reference compiles to loads from the constant bank, a copy to
+  // local memory.
+  RASA_HD const ProblemArg& problem(int i) const {
+    return reinterpret_cast<const ProblemArg*>(data)[i];
+  }
+  RASA_HD const SegmentArg& segment(int i) const {
+    return reinterpret_cast<const SegmentArg*>(data + segments_at)[i];
+  }
+  RASA_HD const Block& block(int i) const {
+    return reinterpret_cast<const Block*>(data + blocks_at)[i];
+  }
+  RASA_HD int32_t tile_start(int problem) const {
+    return reinterpret_cast<const int32_t*>(data + tile_starts_at)[problem];
+  }
+
+  // tile_start(p) <= tile < tile_start(p + 1)
+  RASA_HD int problem_of(int tile) const {
+    int first = 0, last = num_problems - 1;
+    while (first < last) {
+      const int middle = (first + last + 1) / 2;
+      if (tile_start(middle) <= tile) {
+        first = middle;
+      } else {
+        last = middle - 1;
+      }
+    }
+    return first;
+  }
+};
+static_assert(sizeof(KernelArgs) <= kMaxArgBytes, "a kernel's arguments take 32,764 bytes at most");
+static_assert(sizeof(SegmentArg) == 40 && sizeof(ProblemArg) == 48 && sizeof(Block) == 16,
+              "224 merges of two blocks each must fit two launches");
+
+struct TileCoord {
+  int m, n;  // of tiles
+};
+
+// Tiles that run at the same time share the long operand: x of an NT problem has many rows, that of
+// a TN problem many columns.
+RASA_HD constexpr TileCoord tile_coord(Layout layout, int tile, int tiles_m, int tiles_n) {
+  return layout == Layout::kNT ? TileCoord{tile / tiles_n, tile % tiles_n}
+                               : TileCoord{tile % tiles_m, tile / tiles_m};
+}
+
+}  // namespace rasa::cuda

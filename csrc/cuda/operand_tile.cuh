@@ -1,0 +1,110 @@
+// Global → shared memory: one operand's tile of one k block.
+//
+// A stack of row blocks has no single stride, so the tile's row addresses are looked up once and
+// kept in a table in shared memory, 0 for a row that reads as zeros. Copies take theirs from there.
+#pragma once
+
+#include "element.cuh"
+#include "ptx.cuh"
+#include "smem_layout.h"
+
+namespace rasa::cuda {
+
+// The address of a row of a stack; 0 beyond its last one.
+__device__ __forceinline__ uint64_t row_address(const KernelArgs& args, const MatrixArg& matrix,
+                                                int row) {
+  const int end = matrix.first_block + matrix.num_blocks;
+  for (int b = matrix.first_block; b < end; ++b) {
+    const Block& block = args.block(b);
+    if (row < block.rows) {
+      if (block.ptr == nullptr) return 0;
+      const int64_t bytes = int64_t{row} * block.ld * (matrix.is_f32 ? 4 : 2);
+      return reinterpret_cast<uint64_t>(block.ptr) + bytes;
+    }
+    row -= block.rows;
+  }
+  return 0;
+}
+
+// table[i] = the address of row first + i, 0 from `limit` on. All threads of the block call it; the
+// entries are visible after the next barrier.
+__device__ __forceinline__ void write_rows(uint64_t* table, int num_rows, const KernelArgs& args,
+                                           const MatrixArg& matrix, int first, int limit) {
+  for (int i = threadIdx.x; i < num_rows; i += blockDim.x) {
+    table[i] = first + i < limit ? row_address(args, matrix, first + i) : 0;
+  }
+}
+
+// The columns [first, limit) of an operand that a tile covers, and the factors along k.
+struct TileColumns {
+  int first, limit;
+  const void* scale_k;  // nullptr: ones. Indexed by first_k + row, or by column
+  int first_k;
+  bool scale_by_row;
+  DType scale_dtype;
+};
+
+// kUnrolls: the addresses of all copies stay in registers from one k block to the next.
+template <class Layout, int kThreads, bool kUnrolls>
+__device__ __forceinline__ void copy_tile(uint32_t tile, const uint64_t* rows,
+                                          const TileColumns& columns) {
+  constexpr int kCopies = ceil_div(Layout::kChunks, kThreads);
+  constexpr int kUnroll = kUnrolls ? kCopies : 1;
+#pragma unroll kUnroll
+  for (int i = 0; i < kCopies; ++i) {
+    const int index = threadIdx.x + i * kThreads;
+    if (Layout::kChunks % kThreads != 0 && index >= Layout::kChunks) break;
+    const ChunkCoord c = Layout::coord(index);
+    const uint64_t row = rows[c.row];
+    const int column = columns.first + c.chunk * kChunk;
+    // Beyond the matrix is zero-filled, not skipped: the mma sums it, and stale bytes can be NaN.
+    const int bytes = row == 0 ? 0 : min(max(2 * (columns.limit - column), 0), kChunkBytes);
+    cp_async_16(tile + Layout::offset(c.row, c.chunk), row + int64_t{2} * column, bytes);
+  }
+}
+
+// The same through registers: for fp32 storage, rows that are not aligned, and scale_k. The stores
+// are visible after the barrier that the tile's reader waits at anyway.
+template <class Layout, int kThreads, class Element>
+__device__ __forceinline__ void convert_tile(char* tile, const uint64_t* rows,
+                                             const TileColumns& columns, const MatrixArg& matrix) {
+#pragma unroll 1
+  for (int index = threadIdx.x; index < Layout::kChunks; index += kThreads) {
+    const ChunkCoord c = Layout::coord(index);
+    const uint64_t row = rows[c.row];
+    const int column = columns.first + c.chunk * kChunk;
+    const int count = row == 0 ? 0 : columns.limit - column;
+    float4 lo = load_4<Element>(row, column, count, matrix);
+    float4 hi = load_4<Element>(row, column + 4, count - 4, matrix);
+    if (columns.scale_k != nullptr) {
+      const auto scale = [&](float& x, int j) {
+        if (j >= count) return;
+        const int k = columns.scale_by_row ? columns.first_k + c.row : column + j;
+        x *= load_scale(columns.scale_k, k, columns.scale_dtype);
+      };
+      scale(lo.x, 0);
+      scale(lo.y, 1);
+      scale(lo.z, 2);
+      scale(lo.w, 3);
+      scale(hi.x, 4);
+      scale(hi.y, 5);
+      scale(hi.z, 6);
+      scale(hi.w, 7);
+    }
+    *reinterpret_cast<uint4*>(tile + Layout::offset(c.row, c.chunk)) = {
+        pack(lo.x, lo.y, Element()), pack(lo.z, lo.w, Element()), pack(hi.x, hi.y, Element()),
+        pack(hi.z, hi.w, Element())};
+  }
+}
+
+template <class Layout, int kThreads, bool kUnrolls, class Element>
+__device__ __forceinline__ void load_tile(char* tile, const uint64_t* rows,
+                                          const TileColumns& columns, const MatrixArg& matrix) {
+  if (matrix.is_aligned && !matrix.is_f32 && columns.scale_k == nullptr) {
+    copy_tile<Layout, kThreads, kUnrolls>(smem_address(tile), rows, columns);
+  } else {
+    convert_tile<Layout, kThreads, Element>(tile, rows, columns, matrix);
+  }
+}
+
+}  // namespace rasa::cuda

@@ -1,0 +1,286 @@
+"""Problems of csrc/gemm_problem.h, planned by csrc/cuda/plan.h and run by the executor."""
+
+from __future__ import annotations
+
+import ctypes as C
+import re
+import subprocess
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from reference import DRAWS, assert_accurate
+from torch import Tensor
+
+from ptx.executor import Buffer, Module, Options, Output, Result
+from ptx.executor.cache import cached_file, digest
+from rasa_ext import dropout_mask
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIM = ROOT / "tests" / "ptx" / "plan_shim.cpp"
+CSRC = ROOT / "csrc"
+KERNELS = CSRC / "cuda" / "grouped_gemm.cu"
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+LAYOUTS = {"NN": 0, "NT": 1, "TN": 2}
+NUM_SMS = 3
+
+
+class Block(C.Structure):
+    """rasa::Block."""
+
+    _fields_ = [("ptr", C.c_void_p), ("rows", C.c_int32), ("ld", C.c_int32)]
+
+
+class Matrix(C.Structure):
+    """rasa::Matrix."""
+
+    _fields_ = [("first_block", C.c_int32), ("num_blocks", C.c_int32), ("dtype", C.c_int8)]
+
+
+class Segment(C.Structure):
+    """rasa::Segment."""
+
+    _fields_ = [
+        ("A", Matrix),
+        ("B", Matrix),
+        ("K", C.c_int32),
+        ("scale_k", C.c_void_p),
+        ("scale_m", C.c_void_p),
+    ]
+
+
+class Problem(C.Structure):
+    """rasa::Problem."""
+
+    _fields_ = [
+        ("M", C.c_int32),
+        ("N", C.c_int32),
+        ("first_segment", C.c_int32),
+        ("num_segments", C.c_int32),
+        ("C_in", Matrix),
+        ("C", Matrix),
+        ("row_dot_with", Matrix),
+        ("row_dot", C.c_void_p),
+        ("seed", C.c_void_p),
+        ("drop_threshold", C.c_uint32),
+    ]
+
+
+@dataclass
+class SegmentCase:
+    """One segment; A and B are stacks."""
+
+    A: list[Tensor]
+    B: list[Tensor]
+    K: int
+    scale_k: Tensor | None = None
+    scale_m: Tensor | None = None
+
+
+@dataclass
+class ProblemCase:
+    """One problem. A C block that is an int is a number of rows that are not written."""
+
+    M: int
+    N: int
+    segments: list[SegmentCase]
+    C: list[Tensor | int]
+    C_in: list[Tensor] = field(default_factory=list)
+    p: float = 0.0
+    seed: Tensor | None = None
+
+    @property
+    def threshold(self) -> int:
+        """Draws below it are dropped."""
+        return round(self.p * DRAWS)
+
+
+@cache
+def _shim() -> C.CDLL:
+    sources = [SHIM, *sorted(CSRC.glob("*.h")), *sorted((CSRC / "cuda").glob("*.h"))]
+
+    def build(path: Path) -> None:
+        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{CSRC}"]
+        subprocess.run(["g++", *flags, str(SHIM), "-o", str(path)], check=True)
+
+    library = C.CDLL(str(cached_file(f"plan.{digest(*map(Path.read_bytes, sources))}.so", build)))
+    library.plan_error.restype = C.c_char_p
+    library.launch_args.restype = C.c_void_p
+    return library
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What csrc/cuda/plan.h decided."""
+
+    config: int
+    has_dropout: bool
+    grid: int
+    threads: int
+    smem_bytes: int
+    num_problems: int
+    args: bytes
+
+
+class Planned:
+    """Device memory of a group's tensors, and its launches."""
+
+    def __init__(
+        self,
+        layout: str,
+        dtype: torch.dtype,
+        problems: list[ProblemCase],
+        scale_dtype: torch.dtype,
+        num_sms: int = NUM_SMS,
+    ) -> None:
+        """Copy the tensors and plan."""
+        self.dtype, self.cases = dtype, problems
+        self._buffers: dict[int, tuple[Tensor, Buffer]] = {}
+        self._blocks: list[Block] = []
+        segments: list[Segment] = []
+        rows: list[Problem] = []
+        for case in problems:
+            first = len(segments)
+            for s in case.segments:
+                scales = (self._vector(s.scale_k), self._vector(s.scale_m))
+                segments.append(Segment(self._stack(s.A), self._stack(s.B), s.K, *scales))
+            shape = (case.M, case.N, first, len(case.segments))
+            matrices = (self._stack(case.C_in), self._stack(case.C), Matrix(0, 0, 0))
+            rows.append(Problem(*shape, *matrices, None, self._vector(case.seed), case.threshold))
+        lists = [(Problem * len(rows))(*rows), (Segment * len(segments))(*segments)]
+        lists.append((Block * len(self._blocks))(*self._blocks))
+        sized = [x for array in lists for x in (array, len(array))]
+        count = _shim().plan_group(
+            LAYOUTS[layout], DTYPES[dtype], DTYPES[scale_dtype], *sized, num_sms
+        )
+        if count < 0:
+            raise ValueError(_shim().plan_error().decode())
+        self.launches = [self._launch(i) for i in range(count)]
+
+    def _launch(self, i: int) -> Launch:
+        shape = (C.c_int * 6)()
+        _shim().launch_shape(i, shape)
+        config, has_dropout, grid, threads, smem, num_problems = shape
+        args = C.string_at(_shim().launch_args(i), _shim().args_size())
+        return Launch(config, bool(has_dropout), grid, threads, smem, num_problems, args)
+
+    def buffer(self, t: Tensor) -> Buffer:
+        """The memory of a tensor's whole storage."""
+        key = t.untyped_storage().data_ptr()
+        if key not in self._buffers:
+            storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+            self._buffers[key] = (t, Buffer(storage))
+        return self._buffers[key][1]
+
+    def _address(self, t: Tensor) -> int:
+        return self.buffer(t).at(t.storage_offset() * t.element_size()) if t.numel() else 0
+
+    def _vector(self, t: Tensor | None) -> int | None:
+        return None if t is None else self._address(t)
+
+    def _stack(self, blocks: list[Tensor] | list[Tensor | int]) -> Matrix:
+        first, dtype = len(self._blocks), torch.float32
+        for t in blocks:
+            if isinstance(t, int):
+                self._blocks.append(Block(None, t, 0))
+            else:
+                dtype = t.dtype
+                self._blocks.append(Block(self._address(t), t.shape[0], t.stride(0)))
+        return Matrix(first, len(blocks), DTYPES[dtype])
+
+    def _outputs(self) -> list[Output]:
+        """Every element of every C is stored exactly once, and nothing else of its memory."""
+        masks: dict[int, tuple[Buffer, Tensor]] = {}
+        for t in (t for case in self.cases for t in case.C if not isinstance(t, int) and t.numel()):
+            buffer = self.buffer(t)
+            count = t.untyped_storage().nbytes() // t.element_size()
+            _, mask = masks.setdefault(id(buffer), (buffer, torch.zeros(count, dtype=torch.bool)))
+            mask.as_strided(t.shape, t.stride(), t.storage_offset())[:] = True
+        return [Output(buffer, expected=mask.numpy()) for buffer, mask in masks.values()]
+
+    def run(self, module: Module, options: Options | None = None) -> list[Result]:
+        """Run all launches. Stores are counted where there is only one."""
+        outputs = self._outputs() if len(self.launches) == 1 else []
+        results = []
+        for launch in self.launches:
+            kernel = module.kernel(kernel_name(module, launch, self.dtype))
+            results.append(
+                kernel.launch(
+                    launch.grid,
+                    launch.threads,
+                    launch.args,
+                    launch.smem_bytes,
+                    outputs=outputs,
+                    options=options,
+                )
+            )
+        return results
+
+    def read(self, t: Tensor) -> Tensor:
+        """What the device memory of a tensor holds now."""
+        return self.buffer(t).read().as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def kernel_name(module: Module, launch: Launch, dtype: torch.dtype) -> str:
+    """The instantiation that a launch names."""
+    element = "13__nv_bfloat16" if dtype is torch.bfloat16 else "6__half"
+    pattern = rf"ConfigIdE{launch.config}E{element}Lb{int(launch.has_dropout)}E"
+    (name,) = (n for n in module.entries if re.search(pattern, n))
+    return name
+
+
+def _axis(blocks: list[Tensor], length: int) -> Tensor:
+    """The stack as one matrix of `length` rows."""
+    whole = torch.cat(blocks)
+    return torch.nn.functional.pad(whole, (0, 0, 0, max(0, length - len(whole))))[:length]
+
+
+def formula(layout: str, case: ProblemCase, dtype: torch.dtype, C_dtype: torch.dtype) -> Tensor:
+    """The contract in plain torch, operands and products in `dtype`."""
+    total = torch.zeros(case.M, case.N, dtype=C_dtype)
+    if case.C_in:
+        total += _axis(case.C_in, case.M).to(C_dtype)
+    mask = None
+    if case.seed is not None and case.threshold:
+        tokens = case.segments[0].K if layout == "TN" else case.M
+        features = case.segments[0].K if layout == "NT" else case.N
+        keep = dropout_mask(case.seed, tokens, features, case.p)
+        mask = keep.to(dtype) * (DRAWS / (DRAWS - case.threshold))
+    for s in case.segments:
+        a = _axis(s.A, s.K if layout == "TN" else case.M).to(dtype)
+        b = _axis(s.B, case.N if layout == "NT" else s.K).to(dtype)
+        a = (a.T if layout == "TN" else a)[: case.M, : s.K]
+        b = (b.T if layout == "NT" else b)[: s.K, : case.N]
+        if mask is not None and layout != "NN":
+            a, b = (a * mask, b) if layout == "NT" else (a, b * mask)
+        if s.scale_k is not None:
+            b = s.scale_k.to(dtype)[:, None] * b
+        product = a @ b
+        if mask is not None and layout == "NN":
+            product = product * mask
+        if s.scale_m is not None:
+            product = s.scale_m.to(dtype)[:, None] * product
+        total = total + product.to(C_dtype)
+    return total
+
+
+def check(planned: Planned, layout: str) -> None:
+    """Compare every C with float64 by the rule of reference.py."""
+    for i, case in enumerate(planned.cases):
+        written = [t for t in case.C if not isinstance(t, int)]
+        if not written or not case.M or not case.N:
+            continue
+        C_dtype = written[0].dtype
+        exact = formula(layout, case, torch.float64, torch.float64)
+        plain = formula(layout, case, planned.dtype, C_dtype)
+        row = 0
+        for t in case.C:
+            if isinstance(t, int):
+                row += t
+                continue
+            rows = slice(row, row + t.shape[0])
+            row += t.shape[0]
+            what = f"problem {i}, rows {rows.start} to {rows.stop}"
+            out = planned.read(t)
+            assert_accurate(out, plain[rows], exact[rows], what, dtype=planned.dtype)

@@ -1,0 +1,129 @@
+"""The grouped GEMM kernels, launched as csrc/cuda/plan.h says, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ptx.conftest import ModuleLoader, SummaryLines
+from ptx.executor import Module, Options, counter_row, counter_table
+from ptx.gemm_programs import GROUPS, Group, Maker, dropped, expand, merge, shrink, wgrad
+from ptx.planned_gemm import CSRC, KERNELS, Planned, ProblemCase, SegmentCase, check
+from rasa_ext import dropout_mask
+
+ADVERSARIAL = [Options(adversarial=True, seed=s) for s in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def module(ptx_module: ModuleLoader) -> Module:
+    return ptx_module(KERNELS, "sm_80", include=(CSRC,))
+
+
+def run_and_check(module: Module, group: Group, options: Options) -> Planned:
+    planned = Planned(group.layout, group.dtype, group.make(), group.scale_dtype)
+    for result in planned.run(module, options):
+        assert result.ok, result.report()
+    check(planned, group.layout)
+    return planned
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.name)
+def test_a_group_is_right_in_every_schedule(module: Module, group: Group) -> None:
+    for options in ADVERSARIAL:
+        run_and_check(module, group, options)
+
+
+def many_merges() -> list[ProblemCase]:
+    """7 kinds × 32 layers, a pool for each kind."""
+    m = Maker()
+    pools = [[m.stack(14, 24), m.stack(14, 16)] for _ in range(7)]
+    return [merge(m, 24, 16, 14, pools[i % 7]) for i in range(224)]
+
+
+def test_224_merges_take_two_launches(module: Module) -> None:
+    group = Group("merges", "TN", many_merges)
+    planned = run_and_check(module, group, ADVERSARIAL[0])
+    assert [launch.num_problems for launch in planned.launches] == [174, 50]
+
+
+def test_problems_of_different_shapes_share_a_group(module: Module) -> None:
+    """Two wgrads and a merge: one launch for each kernel, and nothing for what is empty."""
+
+    def make() -> list[ProblemCase]:
+        m = Maker()
+        small, large = wgrad(m, 40, 72, 39, (True, True)), merge(m, 168, 72, 14)
+        return [small, large, wgrad(m, 72, 40, 39, (True, True)), merge(m, 0, 8, 14)]
+
+    planned = run_and_check(module, Group("mixed", "TN", make), ADVERSARIAL[1])
+    assert [launch.num_problems for launch in planned.launches] == [2, 1]
+
+
+@pytest.mark.parametrize("layout", ["NT", "NN", "TN"])
+@pytest.mark.parametrize("with_C_in", [False, True])
+def test_without_a_reduction_C_is_C_in(module: Module, layout: str, with_C_in: bool) -> None:
+    m = Maker()
+    segments = [SegmentCase([], [], 0)] if with_C_in else []
+    C_in = m.matrix(20, 24)
+    case = ProblemCase(20, 24, segments, [m.empty(20, 24)], [C_in] if with_C_in else [])
+    planned = Planned(layout, m.dtype, [case], m.dtype)
+    for result in planned.run(module, ADVERSARIAL[0]):
+        assert result.ok, result.report()
+    expected = C_in if with_C_in else torch.zeros(20, 24, dtype=m.dtype)
+    assert torch.equal(planned.read(case.C[0]), expected)
+
+
+@pytest.mark.parametrize("layout", ["NT", "NN", "TN"])
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_draws_the_bits_of_the_cpu(module: Module, layout: str, p: float) -> None:
+    """A product with the identity shows the mask itself."""
+    n, dtype = 40, torch.bfloat16
+    ones, eye = torch.ones(n, n, dtype=dtype), torch.eye(n, dtype=dtype)
+    A, B = (eye, ones) if layout == "TN" else (ones, eye)
+    if layout == "NN":
+        A, B = A[:, :1].contiguous(), ones[:1].contiguous()
+    case = ProblemCase(
+        n, n, [SegmentCase([A], [B], B.shape[0])], [torch.full_like(ones, torch.nan)]
+    )
+    case = dropped(case, p)
+    planned = Planned(layout, dtype, [case], dtype)
+    for result in planned.run(module, ADVERSARIAL[2]):
+        assert result.ok, result.report()
+    assert case.seed is not None
+    assert torch.equal(planned.read(case.C[0]) != 0, dropout_mask(case.seed, n, n, p))
+
+
+def test_what_no_kernel_does_is_refused() -> None:
+    case = shrink(Maker(torch.float32), 8, 8, 7)
+    with pytest.raises(ValueError, match="bfloat16 or float16"):
+        Planned("NT", torch.float32, [case], torch.float32)
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_counters(module: Module, summary_lines: SummaryLines) -> None:
+    """Each operand crosses DRAM once, and the main loop has no bank conflicts."""
+    rows = []
+    for R in (39, 78, 156):
+        for name, layout, make in (
+            ("shrink", "NT", lambda m, R: shrink(m, 256, 576, R)),
+            ("expand", "NN", lambda m, R: expand(m, 256, 576, R)),
+            ("wgrad", "TN", lambda m, R: wgrad(m, 256, 576, R, (True, True))),
+            ("merge", "TN", lambda m, R: merge(m, 576, 256, R)),
+        ):
+            case = make(Maker(), R)
+            planned = Planned(layout, torch.bfloat16, [case], torch.bfloat16)
+            (result,) = planned.run(module)
+            assert result.ok, result.report()
+            operands = [t for s in case.segments for t in (*s.A, *s.B)]
+            outputs = [t for t in case.C if not isinstance(t, int)]
+            row = counter_row(
+                f"{name} R={R}", result.counters, _bytes(*operands, *case.C_in, *outputs)
+            )
+            rows.append(row)
+            assert row.unique_ratio <= 1.10, row
+            for kind in ("ldmatrix", "cp.async"):
+                if kind in result.counters.shared:
+                    assert result.counters.shared[kind].conflict_factor == 1.0, (row, kind)
+    summary_lines.extend(counter_table(rows).splitlines())
