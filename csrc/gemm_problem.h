@@ -11,12 +11,13 @@
 //
 // Every matrix is row-major and is a stack of row blocks (a matrix in one piece is a stack of one):
 // shared and private ranks are two blocks of one matrix and are never copied together in memory. A
-// stack with fewer rows than its axis reads as zeros beyond them, and a block without a pointer is
-// not written.
+// stack with fewer rows than its axis reads as zeros beyond them; a block without a pointer reads
+// as zeros and is not written.
 //
-// Dropout acts on the (tokens, features) matrix of the problem: op(A) in NT, the product in NN,
-// op(B) in TN. So one mask serves the forward shrink and, in backward, wgrad and dx; philox.h says
-// which bit belongs to which element.
+// Dropout acts on a (tokens, features) matrix: op(A) in NT, the product in NN, op(B) in TN. So one
+// mask serves the forward shrink and, in backward, wgrad and dx; philox.h says which bit belongs to
+// which element. Each segment has its seed; in NN, where the product is of all segments, they have
+// the same.
 //
 // Rounding: operands are rounded to Program::dtype or to a wider type (once; scale_k is applied
 // before, to A, or to B where B's exponent has room for the product); products are summed in fp32
@@ -61,6 +62,7 @@ struct Segment {
   int32_t K = 0;
   const void* scale_k = nullptr;  // (K), Program::scale_dtype; nullptr means ones
   const void* scale_m = nullptr;  // (M), Program::scale_dtype; nullptr means ones
+  const int64_t* seed = nullptr;  // of dropout, in the backend's memory; read if drop_threshold > 0
 };
 
 struct Problem {
@@ -71,9 +73,8 @@ struct Problem {
   // TN with one segment only: row_dot (M) = Σ_n row_dot_with (M,N) ∘ (op(A)·op(B)) (M,N), without
   // scale_m. Gives dd.
   Matrix row_dot_with;
-  void* row_dot = nullptr;        // Program::scale_dtype; nullptr: not wanted
-  const int64_t* seed = nullptr;  // the dropout seed, in the backend's memory; nullptr: no dropout
-  uint32_t drop_threshold = 0;    // an element is dropped when its 15-bit draw is below it
+  void* row_dot = nullptr;      // Program::scale_dtype; nullptr: not wanted
+  uint32_t drop_threshold = 0;  // an element is dropped when its 15-bit draw is below it; 0: none
 };
 
 struct Group {

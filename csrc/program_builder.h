@@ -104,6 +104,12 @@ class ProgramBuilder {
     return program_.segments.back();
   }
 
+  // The last segment drops elements; every segment of its problem does, or none.
+  void drop(const int64_t* seed, uint32_t threshold) {
+    program_.problems.back().drop_threshold = threshold;
+    program_.segments.back().seed = seed;
+  }
+
   const Program& program() const { return program_; }
 
  private:

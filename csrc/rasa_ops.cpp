@@ -76,11 +76,6 @@ struct Dropout {
     threshold = drop_threshold(p);
     seed = seed_tensor->const_data_ptr<int64_t>();
   }
-
-  void apply(Problem& problem) const {
-    problem.seed = seed;
-    problem.drop_threshold = threshold;
-  }
 };
 
 const void* data(const Tensor& t) { return t.const_data_ptr(); }
@@ -93,8 +88,8 @@ void launch_forward(const char* op, LaunchFn launch, const Tensor& x, const Size
   builder.begin_group(Layout::kNT);
   Problem& shrink = builder.add_problem(z.M, s.size(1));
   shrink.C = builder.matrix(s);
-  dropout.apply(shrink);
   builder.add_segment(builder.matrix(x), builder.stack({&adapter.A_shared, &adapter.A}), z.K);
+  builder.drop(dropout.seed, dropout.threshold);
 
   builder.begin_group(Layout::kNN);
   Problem& expand = builder.add_problem(z.M, z.N);
@@ -108,9 +103,9 @@ void launch_forward(const char* op, LaunchFn launch, const Tensor& x, const Size
 
 // grads = d ∘rows ranksᵀ·features, and dd, if defined, from the unscaled sums and the weights they
 // are gradients of.
-Problem& add_wgrad(ProgramBuilder& builder, const Tensor& ranks, const Tensor& features,
-                   const Tensor& d, std::initializer_list<ProgramBuilder::Output> grads,
-                   const Tensor& dd, std::initializer_list<const Tensor*> weights) {
+void add_wgrad(ProgramBuilder& builder, const Tensor& ranks, const Tensor& features,
+               const Tensor& d, std::initializer_list<ProgramBuilder::Output> grads,
+               const Tensor& dd, std::initializer_list<const Tensor*> weights) {
   Problem& wgrad = builder.add_problem(d.size(0), features.size(1));
   wgrad.C = builder.output_stack(d.scalar_type(), grads);
   if (dd.defined()) {
@@ -119,7 +114,6 @@ Problem& add_wgrad(ProgramBuilder& builder, const Tensor& ranks, const Tensor& f
   }
   builder.add_segment(builder.matrix(ranks), builder.matrix(features), features.size(0)).scale_m =
       data(d);
-  return wgrad;
 }
 
 }  // namespace
@@ -229,15 +223,16 @@ Gradients rasa_backward_body(LaunchFn launch, const Tensor& dy, const Tensor& x,
     Problem& expand = builder.add_problem(z.M, z.K);
     expand.C = builder.matrix(dx);
     if (weight) expand.C_in = expand.C;
-    dropout.apply(expand);
     builder
         .add_segment(builder.matrix(g), builder.stack({&adapter.A_shared, &adapter.A}), g.size(1))
         .scale_k = data(adapter.d);
+    builder.drop(dropout.seed, dropout.threshold);
   }
   if (wants_dA || wants_dBt) builder.begin_group(Layout::kTN);
   if (wants_dA) {  // dA = d ∘rows gᵀ·x̃
-    dropout.apply(add_wgrad(builder, g, x_rows, adapter.d, {{dA_shared, z.Rs}, {dA, z.Rp}}, dd,
-                            {&adapter.A_shared, &adapter.A}));
+    add_wgrad(builder, g, x_rows, adapter.d, {{dA_shared, z.Rs}, {dA, z.Rp}}, dd,
+              {&adapter.A_shared, &adapter.A});
+    builder.drop(dropout.seed, dropout.threshold);
   }
   if (wants_dBt) {  // dBt = d ∘rows sᵀ·dy
     add_wgrad(builder, s_rows, dy_rows, adapter.d, {{dBt_shared, z.Rs}, {dBt, z.Rp}},

@@ -253,7 +253,7 @@ TileRunner::Tile TileRunner::stream_rows(const Problem& p, const Segment& s, boo
     RowMask mask;
     if (dropout) {
       if (r % kDropoutBlock == 0) {
-        table_.draw_strip(seed(p), (m0 + r) / kDropoutBlock, k0 / kDropoutBlock,
+        table_.draw_strip(seed(s), (m0 + r) / kDropoutBlock, k0 / kDropoutBlock,
                           ceil_div(depth, kDropoutBlock), scratch.draws, kTileDepth);
       }
       mask = {scratch.draws + r % kDropoutBlock * kTileDepth, p.drop_threshold};
@@ -269,7 +269,7 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
                           const Scratch& scratch) const {
   const int64_t rows = std::min<int64_t>(kTileRows, p.M - m0);
   const int64_t pair = pairs_ ? 2 : 1;
-  const bool has_dropout = p.seed && p.drop_threshold > 0;
+  const bool has_dropout = p.drop_threshold > 0;
   const bool drops_input = has_dropout && layout == Layout::kNT;
   const bool drops_product = has_dropout && layout == Layout::kNN;
   const bool in_place = accumulates_in_place(p, has_dropout);
@@ -312,13 +312,14 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
     }
     if (in_place) continue;
 
-    const double keep = has_dropout ? keep_scale(p.drop_threshold) : 1.0;
+    const double keep = keep_scale(p.drop_threshold);
     for (int64_t r = 0; r < rows; ++r) {
       RowMask mask;
       if (drops_product) {
         if (r % kDropoutBlock == 0) {
-          table_.draw_strip(seed(p), (m0 + r) / kDropoutBlock, n0 / kDropoutBlock,
-                            ceil_div(cols, kDropoutBlock), scratch.draws, kTileColumns);
+          table_.draw_strip(seed(program_.segments[p.first_segment]), (m0 + r) / kDropoutBlock,
+                            n0 / kDropoutBlock, ceil_div(cols, kDropoutBlock), scratch.draws,
+                            kTileColumns);
         }
         mask = {scratch.draws + r % kDropoutBlock * kTileColumns, p.drop_threshold};
       }
@@ -333,7 +334,7 @@ TileRunner::Tile TileRunner::stream_columns(const Problem& p, const Segment& s, 
                                             int64_t depth, int64_t n0, int64_t cols,
                                             const Scratch& scratch) const {
   const int64_t size = element_size(s.B.dtype);
-  const bool dropout = p.seed && p.drop_threshold > 0;
+  const bool dropout = p.drop_threshold > 0;
   const int64_t ld = program_.blocks[s.B.first_block].ld;
   if (s.B.dtype == compute_ && !pairs_ && !dropout && !s.scale_k && s.B.num_blocks == 1 &&
       ld * size % kPageBytes != 0) {
@@ -342,7 +343,7 @@ TileRunner::Tile TileRunner::stream_columns(const Problem& p, const Segment& s, 
   const int64_t pair = pairs_ ? 2 : 1;
   for (int64_t k = 0; k < round_up(depth, 16); k += pair) {
     if (dropout && k % kDropoutBlock == 0) {
-      table_.draw_strip(seed(p), (k0 + k) / kDropoutBlock, n0 / kDropoutBlock,
+      table_.draw_strip(seed(s), (k0 + k) / kDropoutBlock, n0 / kDropoutBlock,
                         ceil_div(cols, kDropoutBlock), scratch.draws, kWgradColumns);
     }
     const void* src[2] = {nullptr, nullptr};
@@ -392,7 +393,7 @@ void TileRunner::wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, 
   };
   sum_segments(p, rows, cols, m0, scratch.acc, kWgradColumns, false, scratch, multiply);
 
-  const double keep = p.seed && p.drop_threshold > 0 ? keep_scale(p.drop_threshold) : 1.0;
+  const double keep = keep_scale(p.drop_threshold);
   for (int64_t r = 0; r < rows; ++r) {
     const char* acc = scratch.acc + r * kWgradColumns * acc_size();
     if (dots) {

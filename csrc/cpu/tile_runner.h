@@ -75,7 +75,7 @@ class TileRunner {
   // The rows that the longest B of an NT problem has; C's columns beyond them are padding.
   int64_t num_ranks(const Problem& p) const;
   const TileOps& ops(DType storage) const;
-  uint64_t seed(const Problem& p) const { return static_cast<uint64_t>(*p.seed); }
+  static uint64_t seed(const Segment& s) { return static_cast<uint64_t>(*s.seed); }
 
   struct Tile {
     const char* data;

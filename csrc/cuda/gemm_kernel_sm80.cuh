@@ -57,7 +57,6 @@ class GemmTile {
     const TileCoord coord = tile_coord(kLayout, tile - first, tiles_m, tiles_n);
     m0_ = coord.m * kBlockM;
     n0_ = coord.n * kBlockN;
-    if (problem_.seed != nullptr) seed_ = static_cast<uint64_t>(*problem_.seed);
   }
 
   __device__ void run() {
@@ -110,7 +109,8 @@ class GemmTile {
   }
 
   // acc += op(A_s) · scale_k ∘ op(B_s)
-  __device__ void add_segment(Accumulators& acc, const SegmentArg& segment) const {
+  __device__ void add_segment(Accumulators& acc, const SegmentArg& segment) {
+    if constexpr (kDropout) seed_ = static_cast<uint64_t>(*segment.seed);
     const int num_k = ceil_div(segment.K, kBlockK);
     __syncthreads();  // the tables and stages of the segment or tile before are read
     write_fixed_rows(segment);
@@ -267,7 +267,7 @@ class GemmTile {
   const int lane_;
   const int warp_m_, warp_n_;  // the warp's corner in the tile
   int m0_, n0_;                // the tile's corner in C
-  uint64_t seed_ = 0;
+  uint64_t seed_ = 0;          // of the current segment
 };
 
 template <ConfigId kId, class Element, bool kDropout>

@@ -19,12 +19,12 @@ struct SegmentArg {
   const void* scale_k;
   const void* scale_m;
   MatrixArg A, B;
+  const int64_t* seed;  // of dropout
   int32_t K;
   int32_t unused;
 };
 
 struct ProblemArg {
-  const int64_t* seed;  // nullptr: no dropout
   int32_t M, N;
   int32_t first_segment, num_segments;
   MatrixArg C, C_in;
@@ -68,7 +68,7 @@ struct KernelArgs {
   }
 };
 static_assert(sizeof(KernelArgs) <= kMaxArgBytes, "a kernel's arguments take 32,764 bytes at most");
-static_assert(sizeof(SegmentArg) == 40 && sizeof(ProblemArg) == 48 && sizeof(Block) == 16,
+static_assert(sizeof(SegmentArg) == 48 && sizeof(ProblemArg) == 40 && sizeof(Block) == 16,
               "224 merges of two blocks each must fit two launches");
 
 struct TileCoord {

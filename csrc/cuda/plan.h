@@ -77,7 +77,7 @@ class GroupPlanner {
       max_K = std::max<int64_t>(max_K, segment(p, i).K);
       has_scale_m |= segment(p, i).scale_m != nullptr;
     }
-    const bool drops = p.seed != nullptr && p.drop_threshold > 0;
+    const bool drops = p.drop_threshold > 0;
     ConfigId id = select_config(group_.layout, p.M, p.N, max_K, has_scale_m && p.num_segments > 1);
     if (drops && id == ConfigId::kMerge) id = ConfigId::kWgrad160;
     if (drops && !has_dropout_kernel(id)) {
@@ -97,12 +97,11 @@ class GroupPlanner {
     arg.num_segments = p.num_segments;
     arg.C = matrix(p.C);
     arg.C_in = matrix(p.C_in);
-    arg.seed = kernel_.has_dropout ? p.seed : nullptr;
-    arg.drop_threshold = kernel_.has_dropout ? p.drop_threshold : 0;
+    arg.drop_threshold = p.drop_threshold;
     arg.keep_scale = static_cast<float>(keep_scale(arg.drop_threshold));
     for (int32_t i = 0; i < p.num_segments; ++i) {
       const Segment& s = segment(p, i);
-      segments_.push_back({s.scale_k, s.scale_m, matrix(s.A), matrix(s.B), s.K, 0});
+      segments_.push_back({s.scale_k, s.scale_m, matrix(s.A), matrix(s.B), s.seed, s.K, 0});
     }
     problems_.push_back(arg);
     const TileConfig tile = tile_config(kernel_.config);

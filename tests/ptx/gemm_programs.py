@@ -109,7 +109,11 @@ def segments(
 
 def dropped(case: ProblemCase, p: float = 0.3) -> ProblemCase:
     """The same with dropout."""
-    return replace(case, p=p, seed=torch.tensor([0x1234_5678_9ABC], dtype=torch.int64))
+    seeds = [
+        torch.tensor([0x1234_5678_9ABC + i], dtype=torch.int64) for i in range(len(case.segments))
+    ]
+    segments = [replace(s, seed=seed) for s, seed in zip(case.segments, seeds, strict=True)]
+    return replace(case, p=p, segments=segments)
 
 
 def strided(m: Maker, extra: int) -> Maker:

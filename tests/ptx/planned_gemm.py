@@ -47,6 +47,7 @@ class Segment(C.Structure):
         ("K", C.c_int32),
         ("scale_k", C.c_void_p),
         ("scale_m", C.c_void_p),
+        ("seed", C.c_void_p),
     ]
 
 
@@ -62,7 +63,6 @@ class Problem(C.Structure):
         ("C", Matrix),
         ("row_dot_with", Matrix),
         ("row_dot", C.c_void_p),
-        ("seed", C.c_void_p),
         ("drop_threshold", C.c_uint32),
     ]
 
@@ -76,6 +76,7 @@ class SegmentCase:
     K: int
     scale_k: Tensor | None = None
     scale_m: Tensor | None = None
+    seed: Tensor | None = None
 
 
 @dataclass
@@ -88,7 +89,6 @@ class ProblemCase:
     C: list[Tensor | int]
     C_in: list[Tensor] = field(default_factory=list)
     p: float = 0.0
-    seed: Tensor | None = None
 
     @property
     def threshold(self) -> int:
@@ -143,11 +143,11 @@ class Planned:
         for case in problems:
             first = len(segments)
             for s in case.segments:
-                scales = (self._vector(s.scale_k), self._vector(s.scale_m))
+                scales = (self._vector(s.scale_k), self._vector(s.scale_m), self._vector(s.seed))
                 segments.append(Segment(self._stack(s.A), self._stack(s.B), s.K, *scales))
             shape = (case.M, case.N, first, len(case.segments))
             matrices = (self._stack(case.C_in), self._stack(case.C), Matrix(0, 0, 0))
-            rows.append(Problem(*shape, *matrices, None, self._vector(case.seed), case.threshold))
+            rows.append(Problem(*shape, *matrices, None, case.threshold))
         lists = [(Problem * len(rows))(*rows), (Segment * len(segments))(*segments)]
         lists.append((Block * len(self._blocks))(*self._blocks))
         sized = [x for array in lists for x in (array, len(array))]
@@ -241,13 +241,14 @@ def formula(layout: str, case: ProblemCase, dtype: torch.dtype, C_dtype: torch.d
     total = torch.zeros(case.M, case.N, dtype=C_dtype)
     if case.C_in:
         total += _axis(case.C_in, case.M).to(C_dtype)
-    mask = None
-    if case.seed is not None and case.threshold:
-        tokens = case.segments[0].K if layout == "TN" else case.M
-        features = case.segments[0].K if layout == "NT" else case.N
-        keep = dropout_mask(case.seed, tokens, features, case.p)
-        mask = keep.to(dtype) * (DRAWS / (DRAWS - case.threshold))
     for s in case.segments:
+        mask = None
+        if case.threshold:
+            assert s.seed is not None
+            tokens = s.K if layout == "TN" else case.M
+            features = s.K if layout == "NT" else case.N
+            keep = dropout_mask(s.seed, tokens, features, case.p)
+            mask = keep.to(dtype) * (DRAWS / (DRAWS - case.threshold))
         a = _axis(s.A, s.K if layout == "TN" else case.M).to(dtype)
         b = _axis(s.B, case.N if layout == "NT" else s.K).to(dtype)
         a = (a.T if layout == "TN" else a)[: case.M, : s.K]

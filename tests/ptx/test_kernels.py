@@ -88,8 +88,9 @@ def test_dropout_draws_the_bits_of_the_cpu(module: Module, layout: str, p: float
     planned = Planned(layout, dtype, [case], dtype)
     for result in planned.run(module, ADVERSARIAL[2]):
         assert result.ok, result.report()
-    assert case.seed is not None
-    assert torch.equal(planned.read(case.C[0]) != 0, dropout_mask(case.seed, n, n, p))
+    (segment,) = case.segments
+    assert segment.seed is not None
+    assert torch.equal(planned.read(case.C[0]) != 0, dropout_mask(segment.seed, n, n, p))
 
 
 def test_what_no_kernel_does_is_refused() -> None:
