@@ -30,6 +30,14 @@ template __global__ void grouped_gemm_sm80<ConfigId::kShrink160, Half, false>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kShrink160, Half, true>(
     const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kShrink160Tall, BFloat16, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kShrink160Tall, BFloat16, true>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kShrink160Tall, Half, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kShrink160Tall, Half, true>(
+    const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kShrinkScaled, BFloat16, false>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kShrinkScaled, Half, false>(
@@ -49,6 +57,30 @@ template __global__ void grouped_gemm_sm80<ConfigId::kExpand80, BFloat16, true>(
 template __global__ void grouped_gemm_sm80<ConfigId::kExpand80, Half, false>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kExpand80, Half, true>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpand160, BFloat16, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpand160, BFloat16, true>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpand160, Half, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpand160, Half, true>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpand160Wide, BFloat16, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpand160Wide, BFloat16, true>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpand160Wide, Half, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpand160Wide, Half, true>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpandSegments, BFloat16, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpandSegments, BFloat16, true>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpandSegments, Half, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpandSegments, Half, true>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kExpandScaled, BFloat16, false>(
     const __grid_constant__ KernelArgs);
@@ -78,13 +110,33 @@ template __global__ void grouped_gemm_sm80<ConfigId::kWgrad160, Half, false>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kWgrad160, Half, true>(
     const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kWgrad160Wide, BFloat16, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kWgrad160Wide, BFloat16, true>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kWgrad160Wide, Half, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kWgrad160Wide, Half, true>(
+    const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kWgradScaled, BFloat16, false>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kWgradScaled, Half, false>(
     const __grid_constant__ KernelArgs);
-template __global__ void grouped_gemm_sm80<ConfigId::kMerge, BFloat16, false>(
+template __global__ void grouped_gemm_sm80<ConfigId::kMerge80, BFloat16, false>(
     const __grid_constant__ KernelArgs);
-template __global__ void grouped_gemm_sm80<ConfigId::kMerge, Half, false>(
+template __global__ void grouped_gemm_sm80<ConfigId::kMerge80, Half, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kMerge160, BFloat16, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kMerge160, Half, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kMerge160Wide, BFloat16, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kMerge160Wide, Half, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kMergeSegments, BFloat16, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kMergeSegments, Half, false>(
     const __grid_constant__ KernelArgs);
 
 }  // namespace rasa::cuda

@@ -11,12 +11,14 @@
 #include "../philox.h"
 #include "gemm_config.h"
 #include "kernel_args.h"
+#include "tile_order.h"
 
 namespace rasa::cuda {
 
 // What the plan needs to know of the GPU.
 struct DeviceInfo {
   int32_t num_sms;
+  int32_t smem_bytes;  // that a block may opt in to
 };
 
 struct Launch {
@@ -71,15 +73,13 @@ class GroupPlanner {
   }
 
   bool runs_here(const Problem& p) const {
-    int64_t max_K = 0;
-    bool has_scale_m = false;
-    for (int32_t i = 0; i < p.num_segments; ++i) {
-      max_K = std::max<int64_t>(max_K, segment(p, i).K);
-      has_scale_m |= segment(p, i).scale_m != nullptr;
-    }
     const bool drops = p.drop_threshold > 0;
-    ConfigId id = select_config(group_.layout, p.M, p.N, max_K, has_scale_m && p.num_segments > 1);
-    if (drops && id == ConfigId::kMerge) id = ConfigId::kWgrad160;
+    ProblemShape shape = {group_.layout, p.M, p.N, 0, p.num_segments, false, drops};
+    for (int32_t i = 0; i < p.num_segments; ++i) {
+      shape.max_K = std::max<int64_t>(shape.max_K, segment(p, i).K);
+      shape.scales_segments |= segment(p, i).scale_m != nullptr && p.num_segments > 1;
+    }
+    const ConfigId id = select_config(shape, device_.smem_bytes);
     if (drops && !has_dropout_kernel(id)) {
       throw std::invalid_argument("no kernel has dropout and a scale_m for each segment");
     }

@@ -24,6 +24,7 @@ KERNELS = CSRC / "cuda" / "grouped_gemm.cu"
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 LAYOUTS = {"NN": 0, "NT": 1, "TN": 2}
 NUM_SMS = 3
+SMALL_SMEM, LARGE_SMEM = 99 * 1024, 163 * 1024  # of sm_86, 89, 120; of sm_80
 
 
 class Block(C.Structure):
@@ -133,6 +134,7 @@ class Planned:
         problems: list[ProblemCase],
         scale_dtype: torch.dtype,
         num_sms: int = NUM_SMS,
+        smem_bytes: int = LARGE_SMEM,
     ) -> None:
         """Copy the tensors and plan."""
         self.dtype, self.cases = dtype, problems
@@ -152,7 +154,7 @@ class Planned:
         lists.append((Block * len(self._blocks))(*self._blocks))
         sized = [x for array in lists for x in (array, len(array))]
         count = _shim().plan_group(
-            LAYOUTS[layout], DTYPES[dtype], DTYPES[scale_dtype], *sized, num_sms
+            LAYOUTS[layout], DTYPES[dtype], DTYPES[scale_dtype], *sized, num_sms, smem_bytes
         )
         if count < 0:
             raise ValueError(_shim().plan_error().decode())
