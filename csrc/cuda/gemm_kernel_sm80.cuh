@@ -20,6 +20,8 @@
 // is_aligned are 16-byte aligned in base and row stride; dropout only where kDropout.
 #pragma once
 
+#include <type_traits>
+
 #include "dropout.cuh"
 #include "epilogue.cuh"
 #include "gemm_config.h"
@@ -36,6 +38,9 @@ class GemmTile {
   static constexpr int kThreads = kTile.threads(), kStages = kTile.stages;
   static constexpr bool kAByK = kTile.A_rows_are_k(), kBByK = kTile.B_rows_are_k();
   static constexpr Layout kLayout = kTile.layout;
+  // B is the smaller operand, but fp16 has no room for the product of two small factors, and Bt
+  // starts from zero.
+  static constexpr bool kScalesA = std::is_same_v<Element, __half>;
   // Two stages are for a short reduction, of a block or two: registers are worth more.
   static constexpr bool kUnrolls = kStages > 2;
   using ATile = TileLayout<kAByK ? kBlockK : kBlockM, kAByK ? kBlockM : kBlockK>;
@@ -99,11 +104,12 @@ class GemmTile {
 
   __device__ void load_stage(const SegmentArg& segment, int k) const {
     const int k0 = k * kBlockK;
+    const void* A_scale = kScalesA ? segment.scale_k : nullptr;
+    const void* B_scale = kScalesA ? nullptr : segment.scale_k;
     const TileColumns A_columns = {
-        kAByK ? m0_ : k0, kAByK ? problem_.M : segment.K, nullptr, 0, false, args_.scale_dtype};
+        kAByK ? m0_ : k0, kAByK ? problem_.M : segment.K, A_scale, k0, kAByK, args_.scale_dtype};
     const TileColumns B_columns = {
-        kBByK ? n0_ : k0, kBByK ? problem_.N : segment.K, segment.scale_k, k0, kBByK,
-        args_.scale_dtype};
+        kBByK ? n0_ : k0, kBByK ? problem_.N : segment.K, B_scale, k0, kBByK, args_.scale_dtype};
     load_tile<ATile, kThreads, kUnrolls, Element>(A_stage(k), A_rows(k), A_columns, segment.A);
     load_tile<BTile, kThreads, kUnrolls, Element>(B_stage(k), B_rows(k), B_columns, segment.B);
   }

@@ -86,6 +86,16 @@ def wgrad(m: Maker, tokens: int, N: int, R: int, wanted: tuple[bool, bool]) -> P
     return ProblemCase(R, N, [SegmentCase([g], [x], tokens, scale_m=m.scale(R))], out)
 
 
+def tiny(case: ProblemCase) -> ProblemCase:
+    """As early in training: Bt of 1e-5 and d of 0.2, whose product fp16 hardly holds."""
+    for s in case.segments:
+        assert s.scale_k is not None
+        s.scale_k[:] = s.scale_k.sign() * 0.2
+        for block in s.B:
+            block *= 1e-5
+    return replace(case, C=[torch.full((case.M, case.N), torch.nan)], C_in=[])
+
+
 def merge(m: Maker, N: int, K: int, R: int, pool: list[list[Tensor]] | None = None) -> ProblemCase:
     """W += [Bt_shared ; Bt]ᵀ · diag(d) · [A_shared ; A], in place; pool: shared blocks."""
     W, Bt, A = m.matrix(N, K), m.stack(R, N), m.stack(R, K)
@@ -165,6 +175,8 @@ GROUPS: list[Group] = [
     *_forms("f16", 39, 70, 136, lambda: Maker(F16)),
     *_forms("f32-adapter", 39, 70, 136, lambda: Maker(BF16, F32)),
     *_forms("f32-adapter-f16", 14, 33, 40, lambda: Maker(F16, F32)),
+    Group("expand-tiny-f16", "NN", lambda: [tiny(expand(Maker(F16, F32), 40, 72, 39))], F16, F32),
+    Group("merge-tiny-f16", "TN", lambda: [tiny(merge(Maker(F16), 168, 40, 14))], F16, F16),
     *_forms("aligned-stride", 39, 70, 136, lambda: strided(Maker(), 8)),
     *_forms("odd-stride", 39, 70, 136, lambda: strided(Maker(), 3)),
     *_forms("odd-width", 14, 33, 61, Maker),

@@ -260,7 +260,7 @@ def formula(layout: str, case: ProblemCase, dtype: torch.dtype, C_dtype: torch.d
         if mask is not None and layout != "NN":
             a, b = (a * mask, b) if layout == "NT" else (a, b * mask)
         if s.scale_k is not None:
-            b = s.scale_k.to(dtype)[:, None] * b
+            a = a * s.scale_k.to(dtype)
         product = a @ b
         if mask is not None and layout == "NN":
             product = product * mask
