@@ -34,7 +34,9 @@ __device__ __forceinline__ void walk_columns(const KernelArgs& args, char* smem)
     cp_async_commit();
     if (!computes) continue;
     cp_async_wait<kAhead>();  // all but the next tile's A
-    __syncthreads();          // A and the panel are visible to all; the tables are read
+    tile.scale_A(t);
+    if (needs_panel) tile.scale_panel();
+    __syncthreads();  // A and the panel are visible to all; the tables are read
     tile.write_C_rows();
     typename Tile::Accumulators acc = {};
     tile.multiply_panel(acc, t);

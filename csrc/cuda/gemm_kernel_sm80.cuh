@@ -20,6 +20,8 @@
 // is_aligned are 16-byte aligned in base and row stride; dropout only where kDropout.
 #pragma once
 
+#include <type_traits>
+
 #include "column_walk.cuh"
 #include "dropout.cuh"
 #include "epilogue.cuh"
@@ -39,11 +41,15 @@ class GemmTile {
   static constexpr bool kAByK = kTile.A_rows_are_k(), kBByK = kTile.B_rows_are_k();
   static constexpr Layout kLayout = kTile.layout;
   static constexpr bool kUnrolls = keeps_addresses(kId, kDropout);
+  // B is the smaller operand, but fp16 has no room for the product of two small factors, and Bt
+  // starts from zero.
+  static constexpr bool kScalesA = std::is_same_v<Element, __half>;
   using ATile = TileLayout<kAByK ? kBlockK : kBlockM, kAByK ? kBlockM : kBlockK>;
   using BTile = TileLayout<kBByK ? kBlockK : kBlockN, kBByK ? kBlockN : kBlockK>;
   static_assert(config_is_sound(kId), "a config must fit the shared memory it is chosen for");
 
  public:
+  static constexpr bool kWalks = kTile.walks;
   using Accumulators = float[kTilesM][kTilesN][4];
 
   __device__ GemmTile(const KernelArgs& args, char* smem, int tile)
@@ -81,7 +87,6 @@ class GemmTile {
   }
 
   // The steps of a tile in a walk; its problem has one segment, of one k block.
-  static constexpr bool kWalks = kTile.walks;
   static constexpr int kSlots = kStages;
   __device__ bool is_first_of_column() const { return m0_ == 0; }
   __device__ void write_A_rows() const {
@@ -96,6 +101,14 @@ class GemmTile {
   }
   __device__ void load_A(int slot) const { load_A(only_segment(), 0, A_stage(slot)); }
   __device__ void load_panel() const { load_B(only_segment(), 0, panel()); }
+  // After this thread's copies of it have landed.
+  __device__ void scale_A(int slot) const {
+    scale_tile<ATile, kThreads, Element>(A_stage(slot), A_columns(only_segment(), 0),
+                                         only_segment().A);
+  }
+  __device__ void scale_panel() const {
+    scale_tile<BTile, kThreads, Element>(panel(), B_columns(only_segment(), 0), only_segment().B);
+  }
   __device__ void write_C_rows() const {
     write_rows(C_rows(), kBlockM, args_, problem_.C, m0_, problem_.M);
     write_rows(C_rows() + kBlockM, kBlockM, args_, problem_.C_in, m0_, problem_.M);
@@ -139,18 +152,33 @@ class GemmTile {
     if constexpr (kBByK) write_rows(B_rows(k), kBlockK, args_, segment.B, first, segment.K);
   }
 
-  __device__ void load_A(const SegmentArg& segment, int k, char* tile) const {
+  __device__ TileColumns A_columns(const SegmentArg& segment, int k) const {
     const int k0 = k * kBlockK;
-    const TileColumns columns = {
-        kAByK ? m0_ : k0, kAByK ? problem_.M : segment.K, nullptr, 0, false, args_.scale_dtype};
-    load_tile<ATile, kThreads, kUnrolls, Element>(tile, A_rows(k), columns, segment.A);
+    return {kAByK ? m0_ : k0,
+            kAByK ? problem_.M : segment.K,
+            kScalesA ? segment.scale_k : nullptr,
+            k0,
+            segment.K,
+            kAByK,
+            args_.scale_dtype};
+  }
+  __device__ TileColumns B_columns(const SegmentArg& segment, int k) const {
+    const int k0 = k * kBlockK;
+    return {kBByK ? n0_ : k0,
+            kBByK ? problem_.N : segment.K,
+            kScalesA ? nullptr : segment.scale_k,
+            k0,
+            segment.K,
+            kBByK,
+            args_.scale_dtype};
+  }
+  __device__ void load_A(const SegmentArg& segment, int k, char* tile) const {
+    load_tile<ATile, kThreads, kUnrolls, kWalks, Element>(tile, A_rows(k), A_columns(segment, k),
+                                                          segment.A);
   }
   __device__ void load_B(const SegmentArg& segment, int k, char* tile) const {
-    const int k0 = k * kBlockK;
-    const TileColumns columns = {
-        kBByK ? n0_ : k0, kBByK ? problem_.N : segment.K, segment.scale_k, k0, kBByK,
-        args_.scale_dtype};
-    load_tile<BTile, kThreads, kUnrolls, Element>(tile, B_rows(k), columns, segment.B);
+    load_tile<BTile, kThreads, kUnrolls, kWalks, Element>(tile, B_rows(k), B_columns(segment, k),
+                                                          segment.B);
   }
 
   // acc += op(A_s) · scale_k ∘ op(B_s)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ptx.planned_gemm import ProblemCase, SegmentCase
+from ptx.planned_gemm import LARGE_SMEM, SMALL_SMEM, ProblemCase, SegmentCase
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 RANKS = {7: (0, 7), 14: (1, 13), 28: (16, 12), 39: (32, 7), 78: (64, 14), 156: (128, 28)}
@@ -23,6 +23,7 @@ class Group:
     make: Callable[[], list[ProblemCase]]
     dtype: torch.dtype = BF16
     scale_dtype: torch.dtype = BF16
+    smem_bytes: int = LARGE_SMEM
 
 
 class Maker:
@@ -84,6 +85,16 @@ def wgrad(m: Maker, tokens: int, N: int, R: int, wanted: tuple[bool, bool]) -> P
         if rows
     ]
     return ProblemCase(R, N, [SegmentCase([g], [x], tokens, scale_m=m.scale(R))], out)
+
+
+def tiny(case: ProblemCase) -> ProblemCase:
+    """As early in training: Bt of 1e-5 and d of 0.2, whose product fp16 hardly holds."""
+    for s in case.segments:
+        assert s.scale_k is not None
+        s.scale_k[:] = s.scale_k.sign() * 0.2
+        for block in s.B:
+            block *= 1e-5
+    return replace(case, C=[torch.full((case.M, case.N), torch.nan)], C_in=[])
 
 
 def merge(m: Maker, N: int, K: int, R: int, pool: list[list[Tensor]] | None = None) -> ProblemCase:
@@ -157,6 +168,25 @@ def _segments(scaled: bool) -> list[Group]:
     ]
 
 
+def _walks(R: int, dtype: torch.dtype, smem_bytes: int = LARGE_SMEM) -> list[Group]:
+    """Several tiles and columns to a block, in problems of two shapes."""
+    name = f"walk-R{R}-{'f16' if dtype is F16 else 'bf16'}-{smem_bytes // 1024}KiB"
+    shapes = ((300, 264), (136, 200))
+
+    def expands() -> list[ProblemCase]:
+        return [expand(Maker(dtype), M, N, R) for M, N in shapes]
+
+    def merges() -> list[ProblemCase]:
+        return [merge(Maker(dtype), N, K, R) for N, K in ((300, 264), (200, 136))]
+
+    types = (dtype, dtype, smem_bytes)
+    return [
+        Group(f"expand-{name}", "NN", expands, *types),
+        Group(f"expand-drop-{name}", "NN", lambda: [dropped(c) for c in expands()], *types),
+        Group(f"merge-{name}", "TN", merges, *types),
+    ]
+
+
 GROUPS: list[Group] = [
     *(g for R in (7, 14, 28) for g in _forms(f"R{R}", R, 33, 72, Maker)),
     *_forms("R39", 39, 200, 136, Maker),
@@ -165,6 +195,8 @@ GROUPS: list[Group] = [
     *_forms("f16", 39, 70, 136, lambda: Maker(F16)),
     *_forms("f32-adapter", 39, 70, 136, lambda: Maker(BF16, F32)),
     *_forms("f32-adapter-f16", 14, 33, 40, lambda: Maker(F16, F32)),
+    Group("expand-tiny-f16", "NN", lambda: [tiny(expand(Maker(F16, F32), 40, 72, 39))], F16, F32),
+    Group("merge-tiny-f16", "TN", lambda: [tiny(merge(Maker(F16), 168, 40, 14))], F16, F16),
     *_forms("aligned-stride", 39, 70, 136, lambda: strided(Maker(), 8)),
     *_forms("odd-stride", 39, 70, 136, lambda: strided(Maker(), 3)),
     *_forms("odd-width", 14, 33, 61, Maker),
@@ -176,4 +208,21 @@ GROUPS: list[Group] = [
     *_segments(scaled=False),
     *_segments(scaled=True),
     *(g for R in (39, 78, 156) for g in _dropout(R)),
+    *_walks(39, BF16),
+    *_walks(78, F16),
+    *(g for dtype in (BF16, F16) for s in (SMALL_SMEM, LARGE_SMEM) for g in _walks(156, dtype, s)),
+    *_forms("R156-tall", 156, 300, 328, Maker),
+    *_forms("R156-tall-f16", 156, 264, 136, lambda: Maker(F16)),
+    *_forms("R156-f32-adapter", 156, 136, 136, lambda: Maker(BF16, F32)),
+    Group("shrink-drop-tall", "NT", lambda: [dropped(shrink(Maker(), 264, 72, 156))]),
+    Group(
+        "shrink-drop-tall-f16", "NT", lambda: [dropped(shrink(Maker(F16), 264, 72, 156))], F16, F16
+    ),
+    Group(
+        "wgrad-drop-wide-f16",
+        "TN",
+        lambda: [dropped(wgrad(Maker(F16), 100, 264, 156, (True, True)))],
+        F16,
+        F16,
+    ),
 ]

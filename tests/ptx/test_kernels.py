@@ -20,7 +20,9 @@ def module(ptx_module: ModuleLoader) -> Module:
 
 
 def run_and_check(module: Module, group: Group, options: Options) -> Planned:
-    planned = Planned(group.layout, group.dtype, group.make(), group.scale_dtype)
+    planned = Planned(
+        group.layout, group.dtype, group.make(), group.scale_dtype, smem_bytes=group.smem_bytes
+    )
     for result in planned.run(module, options):
         assert result.ok, result.report()
     check(planned, group.layout)
