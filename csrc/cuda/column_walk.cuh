@@ -38,10 +38,21 @@ __device__ __forceinline__ void walk_columns(const KernelArgs& args, char* smem)
     if (needs_panel) tile.scale_panel();
     __syncthreads();  // A and the panel are visible to all; the tables are read
     tile.write_C_rows();
+    __syncthreads();  // the tables of C are written
+    const bool by_chunks = tile.stores_chunks();
+    typename Tile::Base base = {};
+    // On its way while the tile is multiplied. Where two blocks share an SM there are no registers
+    // for that, and the other block has work meanwhile.
+    if (Tile::kLoadsBaseFirst && by_chunks) tile.load_base(base);
     typename Tile::Accumulators acc = {};
     tile.multiply_panel(acc, t);
-    __syncthreads();  // every warp has read A, so staging may lie over it; the tables are written
-    tile.store_walked(acc, t);
+    if (!Tile::kLoadsBaseFirst && by_chunks) tile.load_base(base);
+    __syncthreads();  // every warp has read A, so staging may lie over it
+    if (by_chunks) {
+      tile.store_chunks(acc, base, t);
+    } else {
+      tile.store_rows_of(acc, t);
+    }
   }
 }
 

@@ -125,7 +125,7 @@ constexpr TileConfig tile_config(ConfigId id) {
     case ConfigId::kWgradScaled:
       return {Layout::kTN, 48, 128, 64, 1, 4, 3, 1, true, false};
     case ConfigId::kMerge80:
-      return {Layout::kTN, 128, 128, 80, 4, 2, 2, 2, false, true};
+      return {Layout::kTN, 128, 128, 80, 4, 2, 2, 1, false, true};
     case ConfigId::kMerge160:
       return {Layout::kTN, 96, 192, 160, 2, 4, 1, 1, false, true};
     case ConfigId::kMerge160Wide:

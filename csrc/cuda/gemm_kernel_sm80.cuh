@@ -22,6 +22,7 @@
 
 #include <type_traits>
 
+#include "chunk_store.cuh"
 #include "column_walk.cuh"
 #include "dropout.cuh"
 #include "epilogue.cuh"
@@ -122,7 +123,34 @@ class GemmTile {
       multiply_k16(acc, smem_address(A_stage(slot)), smem_address(panel()), kk, kk);
     }
   }
-  __device__ void store_walked(Accumulators& acc, int slot) const {
+  // C_in in registers, if C and C_in are stored by chunks.
+  using Chunks = ChunkStore<kWarpN, kTile.staging_n(), kTile.pitch(kTile.staging_n()), Element>;
+  using Base = typename Chunks::Base;
+  static constexpr bool kLoadsBaseFirst = blocks_per_sm(kId, kDropout) == 1;
+  __device__ bool stores_chunks() const {
+    return Chunks::is_possible(problem_) && only_segment().scale_m == nullptr;
+  }
+  __device__ void load_base(Base& base) const {
+#pragma unroll
+    for (int n = 0; n < kWarpN; n += kTile.staging_n()) chunks().load_base(base, warp_m_, n);
+  }
+  __device__ void store_chunks(Accumulators& acc, Base& base, int slot) const {
+    constexpr int kStagingN = kTile.staging_n(), kPitch = kTile.pitch(kStagingN);
+    float* rows16 = reinterpret_cast<float*>(A_stage(slot)) + threadIdx.x / 32 * 16 * kPitch;
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+      if constexpr (kDropout && kLayout == Layout::kNN) drop_sums(acc[i], i);
+#pragma unroll
+      for (int n = 0; n < kWarpN; n += kStagingN) {
+        Chunks::stage(rows16, acc[i] + n / kChunk);
+        __syncwarp();  // the warp's rows are staged
+        chunks().store(rows16, base, warp_m_ + 16 * i, n);
+        if (i + 1 < kTilesM) chunks().load_base(base, warp_m_ + 16 * (i + 1), n);
+        __syncwarp();  // they are read, the next ones may be staged
+      }
+    }
+  }
+  __device__ void store_rows_of(Accumulators& acc, int slot) const {
     store(acc, A_stage(slot), only_segment().scale_m);
   }
 
@@ -138,6 +166,9 @@ class GemmTile {
     return tables() + kTile.A_entries() + (kBByK ? k % 2 * kBlockK : 0);
   }
   __device__ uint64_t* C_rows() const { return tables() + kTile.C_table(); }
+  __device__ Chunks chunks() const {
+    return {problem_, C_rows(), C_rows() + kBlockM, n0_ + warp_n_};
+  }
   __device__ const SegmentArg& only_segment() const {
     return args_.segment(problem_.first_segment);
   }
