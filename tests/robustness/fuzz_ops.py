@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from layers import DTYPES  # noqa: E402
 from reference import assert_accurate, authors_add, authors_linear  # noqa: E402
 
-from rasa_ext import dropout_mask, rasa_add, rasa_linear  # noqa: E402
+from rasa_ext import rasa_add, rasa_linear  # noqa: E402
 
 BATCH = 500
 SIZES = (0, 1, 2, 7, 15, 16, 17, 31, 64, 65, 100, 130)
