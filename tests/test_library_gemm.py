@@ -18,7 +18,11 @@ from layers import (
 from reference import assert_accurate, authors_add, authors_linear, compare_with_float64
 from test_grouped_gemm import PROBLEMS, formula, group, in_float64
 
-from rasa_ext import grouped_gemm, rasa_add, rasa_linear
+from rasa_ext import dropout_mask, grouped_gemm, rasa_add, rasa_linear
+
+# Both sides are the library, which adds up one row in another order than a column of one: with one
+# token, one of them is the luckier.
+SLACK = 2
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +54,7 @@ def test_linear_and_its_gradients_equal_the_authors_formula(case, dtypes, p):
         lambda *t: authors_linear(*t, p=p, seed=new_seed()),
         linear_inputs(case, *dtypes),
         LINEAR_NAMES,
+        slack=SLACK,
     )
 
 
@@ -61,6 +66,7 @@ def test_add_and_its_gradients_equal_the_authors_formula(case, dtypes):
         lambda *t: authors_add(*t, p=0.3, seed=new_seed()),
         add_inputs(case, *dtypes),
         ADD_NAMES,
+        slack=SLACK,
     )
 
 
@@ -71,9 +77,7 @@ def test_one_gradient_alone_is_the_one_among_all(wanted):
     _, s = torch.ops.rasa_ext.rasa_add(x, base, *adapter, 0.3, new_seed())
 
     def backward(mask):
-        return torch.ops.rasa_ext.rasa_backward(
-            base, x, None, *adapter, s, 0.3, new_seed(), mask
-        )
+        return torch.ops.rasa_ext.rasa_backward(base, x, None, *adapter, s, 0.3, new_seed(), mask)
 
     alone, all_six = backward([i == wanted for i in range(6)])[wanted], backward([True] * 6)[wanted]
     if wanted == 5:  # dd comes from dBt where dBt is wanted, from dA where it is not
@@ -84,8 +88,6 @@ def test_one_gradient_alone_is_the_one_among_all(wanted):
 
 def test_nan_in_a_dropped_element_does_not_reach_the_result():
     x, base, *adapter = add_inputs(Case("nan", 9, 8, 4, 2, 3), torch.float32, torch.float32)
-    from rasa_ext import dropout_mask
-
     mask = dropout_mask(new_seed(), 9, 8, 0.5)
     x[~mask] = float("nan")
     assert rasa_add(x, base, *adapter, p=0.5, seed=new_seed()).isfinite().all()
