@@ -24,8 +24,8 @@ def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if threshold == 0:
         return x
     assert seed is not None
-    mask = dropout_mask(seed, x.shape[0], x.shape[1], p).to(x.dtype)
-    return x * mask * (DRAWS / (DRAWS - threshold))
+    mask = dropout_mask(seed, x.shape[0], x.shape[1], p)
+    return torch.where(mask, x, 0) * (DRAWS / (DRAWS - threshold))
 
 
 def authors_update(
@@ -84,14 +84,16 @@ def assert_accurate(
     what: str = "",
     length: int = 4096,
     dtype: torch.dtype | None = None,
+    slack: float = 1,
 ) -> None:
     """`out` may be at most twice as wrong as `plain`, over all and in every row; NaN fails.
 
-    dtype: in which the operands are rounded, where the result is wider.
+    dtype: in which the operands are rounded, where the result is wider. slack: a factor on what is
+    allowed, for thousands of random cases, of which some have a lucky yardstick.
     """
     dtype = dtype or out.dtype
     assert out.shape == exact.shape, f"{what}: shape {tuple(out.shape)} for {tuple(exact.shape)}"
-    allowed = allowance(plain, exact, dtype, length)
+    allowed = slack * allowance(plain, exact, dtype, length)
     assert error(out, exact) <= allowed, f"{what}: {error(out, exact):.3g} > {allowed:.3g}"
     if exact.dim() != 2 or exact.numel() == 0:
         return
@@ -99,7 +101,7 @@ def assert_accurate(
     scale = exact.norm() / math.sqrt(exact.shape[0]) + torch.finfo(torch.float64).tiny
     worst = ((out.double() - exact).norm(dim=1).max() / scale).item()
     worst_plain = ((plain.double() - exact).norm(dim=1).max() / scale).item()
-    allowed_row = 2 * max(worst_plain, allowed)  # a wrong row is wrong by far more
+    allowed_row = 2 * slack * max(worst_plain, allowed / slack)  # a wrong row is wrong by far more
     assert worst <= allowed_row, f"{what}, worst row: {worst:.3g} > {allowed_row:.3g}"
 
 
@@ -109,6 +111,7 @@ def compare_with_float64(
     inputs: Sequence[Tensor | None],
     names: Sequence[str],
     length: int = 4096,
+    slack: float = 1,
 ) -> None:
     """Check the forward and every gradient of `ours` against `formula` in float64."""
     runs = []
@@ -131,4 +134,4 @@ def compare_with_float64(
     labels = ["y"] + [n for n, t in zip(names, inputs, strict=True) if t is not None]
     for label, exact, plain, out in zip(labels, *runs, strict=True):
         what = label if label == "y" else f"d{label}"
-        assert_accurate(out, plain, exact, what, length, dtype=inputs[0].dtype)
+        assert_accurate(out, plain, exact, what, length, inputs[0].dtype, slack)

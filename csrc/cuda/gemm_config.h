@@ -29,8 +29,9 @@ enum class ConfigId : int8_t {
   kMerge160,
   kMerge160Wide,
   kMergeSegments,
+  kReduce,  // no tile shape: the sum of partials, reduce_kernel.cuh
 };
-constexpr int kNumConfigs = 20;
+constexpr int kNumConfigs = 20;  // tile shapes
 
 struct TileConfig {
   Layout layout;
@@ -153,18 +154,17 @@ constexpr bool config_is_sound(ConfigId id) {
          (c.layout == Layout::kNT ? !c.walks : c.warp_n() % 16 == 0) && c.threads() <= 256;
 }
 
-constexpr bool is_merge(ConfigId id) { return id >= ConfigId::kMerge80; }
+constexpr bool is_merge(ConfigId id) { return id >= ConfigId::kMerge80 && id < ConfigId::kReduce; }
 
-// Which configs grouped_gemm.cu instantiates with dropout beside those without.
+// Which configs grouped_gemm.cu instantiates with dropout beside those without. The widest wgrad
+// has no registers left for it.
 constexpr bool has_dropout_kernel(ConfigId id) {
-  return !tile_config(id).scales_segments && !is_merge(id);
+  return !tile_config(id).scales_segments && !is_merge(id) && id != ConfigId::kWgrad160Wide;
 }
 
-// Whether the addresses of all copies stay in registers from one k block to the next. A short
-// reduction has no use for them, and the widest wgrad no room beside dropout's.
-constexpr bool keeps_addresses(ConfigId id, bool has_dropout) {
-  return tile_config(id).stages > 2 && !(id == ConfigId::kWgrad160Wide && has_dropout);
-}
+// Whether the addresses of all copies stay in registers from one k block to the next: a short
+// reduction has no use for them.
+constexpr bool keeps_addresses(const TileConfig& c) { return c.stages > 2; }
 
 // Dropout's registers leave room for one block of any config.
 constexpr int blocks_per_sm(ConfigId id, bool has_dropout) {
@@ -177,7 +177,7 @@ struct ProblemShape {
   int64_t M, N, max_K;
   int num_segments;
   bool scales_segments;  // several segments, of which one has its own scale_m
-  bool has_dropout;
+  bool has_row_dot, has_dropout;
 };
 
 // L2 figures: bytes that cross from L2 to the SMs over those of operands and result, each once, for
@@ -185,7 +185,7 @@ struct ProblemShape {
 // the counted ones.
 constexpr ConfigId select_config(const ProblemShape& p, int smem_bytes) {
   const bool has_large_smem = smem_bytes >= kLargeSmemBytes;
-  const bool walks = p.num_segments == 1 && p.max_K <= 160;
+  const bool walks = p.num_segments == 1 && p.max_K <= 160 && !p.has_row_dot;
   switch (p.layout) {
     case Layout::kNT:  // one N tile holds the whole rank, so x is read once
       if (p.scales_segments) return ConfigId::kShrinkScaled;
@@ -203,10 +203,10 @@ constexpr ConfigId select_config(const ProblemShape& p, int smem_bytes) {
       return has_large_smem && p.M > 96 ? ConfigId::kExpand160Wide : ConfigId::kExpand160;
     default:  // wgrad: one M tile holds the whole rank, so x is read once; merge has it along K
       if (p.scales_segments) return ConfigId::kWgradScaled;
-      if (p.M <= 48) return ConfigId::kWgrad48;  // R = 39: L2 1.31
-      if (p.M <= 80) return ConfigId::kWgrad80;  // R = 78: L2 1.61
-      if (p.M <= 160 || p.has_dropout) {
-        // 256 columns share a load of g: L2 1.61, with 128 2.22
+      if (p.M <= 48) return ConfigId::kWgrad48;       // R = 39: L2 1.31
+      if (p.M <= 80) return ConfigId::kWgrad80;       // R = 78: L2 1.61
+      if (p.has_dropout) return ConfigId::kWgrad160;  // its instructions cost more than L2
+      if (p.M <= 160) {  // 256 columns share a load of g: L2 1.61, with 128 2.22
         return p.N <= 128 ? ConfigId::kWgrad160 : ConfigId::kWgrad160Wide;
       }
       if (!walks) return ConfigId::kMergeSegments;

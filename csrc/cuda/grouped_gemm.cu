@@ -1,5 +1,6 @@
 // The kernels that exist: has_dropout_kernel() in gemm_config.h says the same to the plan.
 #include "gemm_kernel_sm80.cuh"
+#include "reduce_kernel.cuh"
 
 namespace rasa::cuda {
 
@@ -112,11 +113,7 @@ template __global__ void grouped_gemm_sm80<ConfigId::kWgrad160, Half, true>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kWgrad160Wide, BFloat16, false>(
     const __grid_constant__ KernelArgs);
-template __global__ void grouped_gemm_sm80<ConfigId::kWgrad160Wide, BFloat16, true>(
-    const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kWgrad160Wide, Half, false>(
-    const __grid_constant__ KernelArgs);
-template __global__ void grouped_gemm_sm80<ConfigId::kWgrad160Wide, Half, true>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kWgradScaled, BFloat16, false>(
     const __grid_constant__ KernelArgs);
@@ -138,5 +135,7 @@ template __global__ void grouped_gemm_sm80<ConfigId::kMergeSegments, BFloat16, f
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kMergeSegments, Half, false>(
     const __grid_constant__ KernelArgs);
+template __global__ void reduce_partials<BFloat16>(const __grid_constant__ KernelArgs);
+template __global__ void reduce_partials<Half>(const __grid_constant__ KernelArgs);
 
 }  // namespace rasa::cuda

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ptx.planned_gemm import LARGE_SMEM, SMALL_SMEM, ProblemCase, SegmentCase
+from ptx.planned_gemm import LARGE_SMEM, SMALL_SMEM, Device, ProblemCase, SegmentCase
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 RANKS = {7: (0, 7), 14: (1, 13), 28: (16, 12), 39: (32, 7), 78: (64, 14), 156: (128, 28)}
@@ -23,7 +23,7 @@ class Group:
     make: Callable[[], list[ProblemCase]]
     dtype: torch.dtype = BF16
     scale_dtype: torch.dtype = BF16
-    smem_bytes: int = LARGE_SMEM
+    device: Device = Device()
 
 
 class Maker:
@@ -127,6 +127,12 @@ def dropped(case: ProblemCase, p: float = 0.3) -> ProblemCase:
     return replace(case, p=p, segments=segments)
 
 
+def dotted(m: Maker, case: ProblemCase) -> ProblemCase:
+    """The same with dd = Σ_n A ∘ (gᵀ · x)."""
+    weights = [m.matrix(t if isinstance(t, int) else t.shape[0], case.N, m.adapter) for t in case.C]
+    return replace(case, row_dot_with=weights, row_dot=m.empty(1, case.M, m.adapter)[0])
+
+
 def strided(m: Maker, extra: int) -> Maker:
     """Rows further apart."""
     m.extra = extra
@@ -179,11 +185,70 @@ def _walks(R: int, dtype: torch.dtype, smem_bytes: int = LARGE_SMEM) -> list[Gro
     def merges() -> list[ProblemCase]:
         return [merge(Maker(dtype), N, K, R) for N, K in ((300, 264), (200, 136))]
 
-    types = (dtype, dtype, smem_bytes)
+    types = (dtype, dtype, Device(smem_bytes=smem_bytes))
     return [
         Group(f"expand-{name}", "NN", expands, *types),
         Group(f"expand-drop-{name}", "NN", lambda: [dropped(c) for c in expands()], *types),
         Group(f"merge-{name}", "TN", merges, *types),
+    ]
+
+
+SPLITTING = Device(num_sms=7, reduce_launch=0)
+
+
+def _splits(R: int, long: int, short: int) -> list[Group]:
+    """Long reductions of few tiles."""
+
+    def shrinks() -> list[ProblemCase]:
+        m = Maker()
+        return [shrink(m, 70, long, R), shrink(m, 33, short, R)]
+
+    def wgrads() -> list[ProblemCase]:
+        m = Maker()
+        return [
+            dotted(m, wgrad(m, short, 72, R, (False, True))),
+            dotted(m, wgrad(m, long, 136, R, (True, True))),
+        ]
+
+    return [
+        Group(f"shrink-split-R{R}", "NT", shrinks, device=SPLITTING),
+        Group(f"wgrad-split-R{R}", "TN", wgrads, device=SPLITTING),
+        Group(
+            f"shrink-split-drop-R{R}",
+            "NT",
+            lambda: [dropped(case) for case in shrinks()],
+            device=SPLITTING,
+        ),
+        Group(
+            f"wgrad-split-drop-R{R}",
+            "TN",
+            lambda: [dropped(case) for case in wgrads()],
+            device=SPLITTING,
+        ),
+    ]
+
+
+def _row_dots() -> list[Group]:
+    def make(wanted: tuple[bool, bool], M: int = 100, N: int = 152) -> ProblemCase:
+        m = Maker()
+        return dotted(m, wgrad(m, M, N, 39, wanted))
+
+    f32 = Maker(BF16, F32)
+    return [
+        Group("row-dot", "TN", lambda: [make((True, True))]),
+        Group("row-dot-alone", "TN", lambda: [make((False, False))]),
+        Group("row-dot-drop", "TN", lambda: [dropped(make((True, False)))]),
+        Group("row-dot-one-column", "TN", lambda: [make((True, True), N=1)]),
+        Group("row-dot-no-column", "TN", lambda: [make((True, True), N=0)]),
+        Group("row-dot-no-token", "TN", lambda: [make((True, True), M=0)]),
+        Group("row-dot-wide", "TN", lambda: [make((True, True), 30, 1100)]),
+        Group(
+            "row-dot-f32",
+            "TN",
+            lambda: [dotted(f32, wgrad(f32, 70, 136, 78, (True, True)))],
+            BF16,
+            F32,
+        ),
     ]
 
 
@@ -219,10 +284,14 @@ GROUPS: list[Group] = [
         "shrink-drop-tall-f16", "NT", lambda: [dropped(shrink(Maker(F16), 264, 72, 156))], F16, F16
     ),
     Group(
-        "wgrad-drop-wide-f16",
+        "wgrad-drop-R156-f16",
         "TN",
         lambda: [dropped(wgrad(Maker(F16), 100, 264, 156, (True, True)))],
         F16,
         F16,
     ),
+    *_row_dots(),
+    *_splits(39, 520, 392),
+    *_splits(78, 712, 392),
+    *_splits(156, 904, 608),
 ]

@@ -13,7 +13,8 @@ extern "C" {
 // The number of launches of the program's only group, -1 on an error.
 int plan_group(int layout, int dtype, int scale_dtype, const rasa::Problem* problems,
                int num_problems, const rasa::Segment* segments, int num_segments,
-               const rasa::Block* blocks, int num_blocks, int num_sms, int smem_bytes) {
+               const rasa::Block* blocks, int num_blocks, int num_sms, int smem_bytes,
+               double reduce_launch) {
   rasa::Program program = {static_cast<rasa::DType>(dtype),
                            static_cast<rasa::DType>(scale_dtype),
                            {{static_cast<rasa::Layout>(layout), 0, num_problems}},
@@ -21,7 +22,7 @@ int plan_group(int layout, int dtype, int scale_dtype, const rasa::Problem* prob
                            {segments, segments + num_segments},
                            {blocks, blocks + num_blocks}};
   try {
-    group_plan = rasa::cuda::plan(program, program.groups[0], {num_sms, smem_bytes});
+    group_plan = rasa::cuda::plan(program, program.groups[0], {num_sms, smem_bytes, reduce_launch});
   } catch (const std::exception& error) {
     std::snprintf(message, sizeof(message), "%s", error.what());
     return -1;
