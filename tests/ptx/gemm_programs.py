@@ -11,7 +11,16 @@ from torch import Tensor
 from ptx.planned_gemm import LARGE_SMEM, SMALL_SMEM, Device, ProblemCase, SegmentCase
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-RANKS = {7: (0, 7), 14: (1, 13), 28: (16, 12), 39: (32, 7), 78: (64, 14), 156: (128, 28)}
+# Shared and private: 39, 78, 156 of 32 layers, 37 of 30.
+RANKS = {
+    7: (0, 7),
+    14: (1, 13),
+    28: (16, 12),
+    37: (30, 7),
+    39: (32, 7),
+    78: (64, 14),
+    156: (128, 28),
+}
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,27 @@ void launch_shape(int i, int* out) {
 
 int64_t workspace_bytes() { return group_plan.workspace_bytes; }
 
+int num_configs() { return rasa::cuda::kNumConfigs; }
+
+// out: layout, block_m, block_n, block_k, warps_m, warps_n, stages, walks, scales_segments,
+// smem_bytes, has_dropout_kernel
+void config_shape(int id, int* out) {
+  const auto config = static_cast<rasa::cuda::ConfigId>(id);
+  const rasa::cuda::TileConfig c = rasa::cuda::tile_config(config);
+  const int values[] = {static_cast<int>(c.layout),
+                        c.block_m,
+                        c.block_n,
+                        c.block_k,
+                        c.warps_m,
+                        c.warps_n,
+                        c.stages,
+                        c.walks,
+                        c.scales_segments,
+                        c.smem_bytes(),
+                        rasa::cuda::has_dropout_kernel(config)};
+  for (int k = 0; k < 11; ++k) out[k] = values[k];
+}
+
 int args_size() { return sizeof(rasa::cuda::KernelArgs); }
 const void* launch_args(int i) { return &group_plan.launches[i].args; }
 
