@@ -4,6 +4,7 @@
 #   make demo          fine-tune a small language model with RaSA; ARGS="--steps 100" passes options
 #   make test          the tests
 #   make check         what was built, and a self-check of every op
+#   make kernel-counters  traffic and machine code of the CUDA kernels; needs nvcc, but no GPU
 #   make bench-quick   one table: frozen, LoRA, the authors' formula, rasa_ext
 #   make lint          what CI wants of the sources
 #   make clean         remove what was built
@@ -28,7 +29,7 @@ INSTALLED_TORCH := $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py
 
 HAS_TORCH := import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)
 
-.PHONY: demo test check bench-quick lint clean
+.PHONY: demo test check bench-quick kernel-counters lint clean
 .NOTPARALLEL:
 
 demo: $(STAMP)-demo $(STAMP)-model
@@ -44,6 +45,9 @@ check: $(STAMP)-dev
 
 bench-quick: $(STAMP)-bench
 	$(BIN)/python benchmarks/bench.py step --quick $(ARGS)
+
+kernel-counters: $(STAMP)-dev
+	$(BIN)/python benchmarks/kernel_counters.py $(ARGS)
 
 TORCH_FREE := csrc/dropout_mask.h csrc/gemm_problem.h csrc/host_device.h csrc/philox.h \
   csrc/cpu/tile_ops.h csrc/cpu/tile_ops.cpp $(filter-out csrc/cuda/register_cuda.cpp,$(wildcard csrc/cuda/*))

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from ptx.executor import Counters, Module, Options, compile_ptx
 from ptx.executor.counters import counter_row
 from ptx.gemm_programs import Maker, expand, merge, shrink, wgrad
-from ptx.kernel_source import compile_cubin
+from ptx.kernel_source import compile_kernels
 from ptx.machine_code import KernelName, cuobjdump, parse_loops
 from ptx.plan_library import CSRC, configs
 from ptx.planned_gemm import KERNELS, LARGE_SMEM, SMALL_SMEM, Device, Planned, ProblemCase
@@ -168,18 +168,16 @@ def measure(module: Module, case: Case, per_mma: dict[Any, float]) -> dict[str, 
     }
 
 
-def machine_code(archs: tuple[str, ...]) -> list[dict[str, Any]]:
+def machine_code(*archs: str) -> list[dict[str, Any]]:
     """The main loop of each bf16 kernel, after ptxas."""
     kernels = [(c, d) for c in configs() for d in (False, True) if not d or c.has_dropout_kernel]
     rows = []
-    for arch in archs:
-        cubin = compile_cubin(kernels, arch)
-        for loop in parse_loops(cuobjdump("-sass", str(cubin))):
-            name = KernelName.of(loop.kernel)
-            assert name is not None
-            fields = asdict(loop)
-            del fields["kernel"]
-            rows.append({"config": str(name.config), "dropout": name.has_dropout, **fields})
+    for loop in parse_loops(cuobjdump("-sass", str(compile_kernels(kernels, *archs)))):
+        name = KernelName.of(loop.kernel)
+        assert name is not None
+        fields = asdict(loop)
+        del fields["kernel"]
+        rows.append({"config": str(name.config), "dropout": name.has_dropout, **fields})
     return rows
 
 
@@ -206,7 +204,7 @@ def main() -> None:
         args.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(rows, indent=1, ensure_ascii=False)
         (args.folder / "kernels_ptx.json").write_text(text + "\n")
-        loops = json.dumps(machine_code(("sm_80", "sm_90")), indent=1, ensure_ascii=False)
+        loops = json.dumps(machine_code("sm_80", "sm_90"), indent=1, ensure_ascii=False)
         (args.folder / "kernels_sass.json").write_text(loops + "\n")
 
 

@@ -22,7 +22,7 @@ def _source(kernels: list[tuple[Config, bool]]) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-def compile_cubin(kernels: list[tuple[Config, bool]], arch: str) -> Path:
+def compile_kernels(kernels: list[tuple[Config, bool]], *archs: str) -> Path:
     """Compile bf16 kernels, each a config and whether it has dropout; a spill is an error."""
     nvcc = find_nvcc()
     if nvcc is None:
@@ -33,8 +33,9 @@ def compile_cubin(kernels: list[tuple[Config, bool]], arch: str) -> Path:
     def build(path: Path) -> None:
         file = path.with_suffix(".cu")
         file.write_text(source)
-        flags = ["-cubin", "-std=c++17", "-O3", f"-arch={arch}", f"-I{CSRC}", _STRICT]
+        code = [f"-gencode=arch={a.replace('sm_', 'compute_')},code={a}" for a in archs]
+        flags = ["-fatbin", "-std=c++17", "-O3", *code, f"-I{CSRC}", _STRICT]
         subprocess.run([nvcc, *flags, str(file), "-o", str(path)], check=True)
 
-    key = digest(nvcc_version(), arch, source, *headers)
-    return cached_file(f"kernels.{arch}.{key}.cubin", build)
+    key = digest(nvcc_version(), *archs, source, *headers)
+    return cached_file(f"kernels.{key}.fatbin", build)

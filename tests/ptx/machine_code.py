@@ -59,7 +59,7 @@ class Loop:
 
 
 def cuobjdump(*arguments: str) -> str:
-    """Run the cuobjdump on PATH, or that of nvidia-cuda-cuobjdump, which wants nvidia-cuda-nvdisasm."""
+    """Run cuobjdump, of a toolkit on PATH or of the PyPI packages; it calls nvdisasm."""
     packages = Path(sysconfig.get_path("purelib")) / "nvidia"
     tool = shutil.which("cuobjdump") or next(map(str, packages.glob("*/bin/cuobjdump")), None)
     if tool is None:
