@@ -198,8 +198,8 @@ Types types_of(const Case& c, at::ScalarType main) {
   return {main, c.has_f32_ranks && main != at::kDouble ? at::kFloat : main};
 }
 
-std::string failure_of(const Case& c, const Run& run, NameKernelsFn name_kernels, double error,
-                       double allowed, at::ScalarType type, at::Device device) {
+std::string failure_of(const Case& c, const Run& run, const NameKernelsFn& name_kernels,
+                       double error, double allowed, at::ScalarType type, at::Device device) {
   std::ostringstream message;
   message << "rasa_ext: a kernel computes wrong numbers on " << device << " in "
           << at::toString(type) << ": " << c.form << " (M " << c.M << ", N " << c.N << ", K "
@@ -212,7 +212,7 @@ std::string failure_of(const Case& c, const Run& run, NameKernelsFn name_kernels
 
 // Nothing if every case is right. Allowed are twice the error that the library has in the same
 // dtype, one rounding of the result, and the roundings of the float64 reference; not NaN.
-std::string find_failure(LaunchFn launch, NameKernelsFn name_kernels, at::ScalarType type,
+std::string find_failure(LaunchFn launch, const NameKernelsFn& name_kernels, at::ScalarType type,
                          at::Device device) {
   for (const Case& c : all_cases()) {
     const Types types = types_of(c, type);
@@ -255,13 +255,11 @@ void FirstUse::check(DType dtype, at::Device device) {
   TORCH_CHECK(false, found->second);
 }
 
-std::vector<std::string> first_use_kernels(DType dtype, NameKernelsFn name_kernels) {
-  std::vector<std::string> names;
+void for_each_first_use_program(DType dtype, const std::function<void(const Program&)>& visit) {
   for (const Case& c : all_cases()) {
     const Types types = types_of(c, to_scalar_type(dtype));
-    names.push_back(name_kernels(Run(c, make_inputs(c, types), types, at::kCPU).program()));
+    visit(Run(c, make_inputs(c, types), types, at::kCPU).program());
   }
-  return names;
 }
 
 }  // namespace rasa
