@@ -50,6 +50,9 @@ std::vector<Case> all_cases() {
       cases.back().scales_m = cases.back().dots = true;
     }
   }
+  // Reductions long enough to be split.
+  cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 70, .N = 39, .K = {2000}});
+  cases.push_back({.form = "wgrad", .layout = Layout::kTN, .M = 39, .N = 136, .K = {2000}});
   cases.push_back({.form = "merge", .layout = Layout::kTN, .M = 200, .N = 136, .K = {39}});
   cases.back().scales_k = true;
   // Sums of segments, each with a scale of its rows.

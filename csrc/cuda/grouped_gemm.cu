@@ -5,6 +5,7 @@
 
 #include "gemm_kernel_sm80.cuh"
 #include "launch.h"
+#include "reduce_kernel.cuh"
 
 namespace rasa::cuda {
 namespace {
@@ -14,13 +15,16 @@ using Kernel = void (*)(KernelArgs);
 struct ConfigKernels {
   Kernel plain, with_dropout;  // nullptr: there is none
 };
+constexpr int kNumEntries = kNumConfigs + 1;  // the tile shapes and kReduce
 struct KernelTable {
-  ConfigKernels configs[kNumConfigs];
+  ConfigKernels configs[kNumEntries];
 };
 
 template <class Element, ConfigId kId>
 constexpr ConfigKernels config_kernels() {
-  if constexpr (has_dropout_kernel(kId)) {
+  if constexpr (kId == ConfigId::kReduce) {
+    return {reduce_partials<Element>, nullptr};
+  } else if constexpr (has_dropout_kernel(kId)) {
     return {grouped_gemm_sm80<kId, Element, false>, grouped_gemm_sm80<kId, Element, true>};
   } else {
     return {grouped_gemm_sm80<kId, Element, false>, nullptr};
@@ -32,14 +36,14 @@ constexpr KernelTable kernel_table(std::integer_sequence<int, kIds...>) {
   return {{config_kernels<Element, static_cast<ConfigId>(kIds)>()...}};
 }
 
-constexpr auto kAllConfigs = std::make_integer_sequence<int, kNumConfigs>();
+constexpr auto kAllConfigs = std::make_integer_sequence<int, kNumEntries>();
 constexpr KernelTable kBFloat16Kernels = kernel_table<__nv_bfloat16>(kAllConfigs);
 constexpr KernelTable kHalfKernels = kernel_table<__half>(kAllConfigs);
 
 // Lets the kernel have its dynamic shared memory, once per device. Two threads may both do it.
 cudaError_t allow_shared_memory(Kernel kernel, const Launch& launch, int device) {
   constexpr int kMaxDevices = 128;  // torch's limit
-  static std::atomic<int32_t> allowed[kMaxDevices][2][kNumConfigs][2];
+  static std::atomic<int32_t> allowed[kMaxDevices][2][kNumEntries][2];
   std::atomic<int32_t>& bytes = allowed[device][launch.element == DType::kBF16]
                                        [static_cast<int>(launch.config)][launch.has_dropout];
   if (bytes.load(std::memory_order_relaxed) >= launch.smem_bytes) return cudaSuccess;

@@ -9,13 +9,14 @@ namespace rasa::cuda {
 
 // "NT 128x40x64 bf16 dropout": layout, tile and element say which kernel it is.
 inline std::string kernel_name(ConfigId config, DType element, bool has_dropout) {
+  const std::string type = element == DType::kBF16 ? " bf16" : " fp16";
+  if (config == ConfigId::kReduce) return "sum of partials" + type;
   const TileConfig tile = tile_config(config);
   const char* layout = tile.layout == Layout::kNT ? "NT" : tile.layout == Layout::kNN ? "NN" : "TN";
   std::string name = std::string(layout) + " " + std::to_string(tile.block_m) + "x" +
                      std::to_string(tile.block_n) + "x" + std::to_string(tile.block_k);
   if (tile.scales_segments) name += " scaled";
-  name += element == DType::kBF16 ? " bf16" : " fp16";
-  return has_dropout ? name + " dropout" : name;
+  return name + type + (has_dropout ? " dropout" : "");
 }
 
 // The kernels of a program, one for each launch.
@@ -31,7 +32,7 @@ inline std::vector<std::string> kernel_names(const Program& program, const Devic
 
 // Every kernel there is for an element.
 inline std::vector<std::string> all_kernel_names(DType element) {
-  std::vector<std::string> names;
+  std::vector<std::string> names = {kernel_name(ConfigId::kReduce, element, false)};
   for (int i = 0; i < kNumConfigs; ++i) {
     const ConfigId config = static_cast<ConfigId>(i);
     names.push_back(kernel_name(config, element, false));
