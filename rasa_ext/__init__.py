@@ -10,6 +10,7 @@ load_extension()  # before the modules below: they use the ops it registers
 
 from rasa_ext._build_config import version as __version__  # noqa: E402
 from rasa_ext.export import export_to_lora  # noqa: E402
+from rasa_ext.foreign import import_lora, import_rasa  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
 from rasa_ext.ops import dropout_mask, grouped_gemm, rasa_add, rasa_linear  # noqa: E402
@@ -32,6 +33,8 @@ __all__ = [
     "dropout_mask",
     "export_to_lora",
     "grouped_gemm",
+    "import_lora",
+    "import_rasa",
     "load_adapter",
     "merge",
     "rasa_add",
