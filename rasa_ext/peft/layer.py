@@ -134,18 +134,19 @@ class Linear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add an adapter, or replace it; options are the dtype and device of its tensors."""
         K, N, Rp = self.in_features, self.out_features, settings.Rp
-        A = nn.Parameter(torch.empty(Rp, K, **options))
-        Bt = nn.Parameter(torch.empty(Rp, N, **options))
-        init_rank_weights(A, Bt)
-        if not init_weights:
-            init_rank_weights(Bt, Bt.new_empty(0))
         self.forget(adapter_name)
-        self.rasa_A[adapter_name], self.rasa_Bt[adapter_name] = A, Bt
+        if Rp > 0:  # an empty tensor in a checkpoint is always an error, so none is ever made
+            A = nn.Parameter(torch.empty(Rp, K, **options))
+            Bt = nn.Parameter(torch.empty(Rp, N, **options))
+            init_rank_weights(A, Bt)
+            if not init_weights:
+                init_rank_weights(Bt, Bt.new_empty(0))
+            self.rasa_A[adapter_name], self.rasa_Bt[adapter_name] = A, Bt
         if pool is not None:
-            self.rasa_pools[adapter_name] = pool
             d = nn.Parameter(torch.empty(settings.Rs + Rp, **options))
             init_gates(d, Rp, settings.alpha)
             self.rasa_d[adapter_name] = d
+            self.rasa_pools[adapter_name] = pool
         self.rasa_settings[adapter_name] = settings
 
     def forget(self, adapter_name: str) -> None:
@@ -157,22 +158,26 @@ class Linear(nn.Module, BaseTunerLayer):
 
     def adapter(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return A, A_shared, Bt, Bt_shared and d, as the ops take them."""
-        A, Bt = tensor_of(self.rasa_A, adapter_name), tensor_of(self.rasa_Bt, adapter_name)
-        pool = self.rasa_pools.get(adapter_name)
+        settings, pool = self.rasa_settings[adapter_name], self.rasa_pools.get(adapter_name)
+        K, N = self.in_features, self.out_features
         if pool is None:
-            settings = self.rasa_settings[adapter_name]
+            A, Bt = tensor_of(self.rasa_A, adapter_name), tensor_of(self.rasa_Bt, adapter_name)
             d = A.new_full((settings.r,), settings.alpha / settings.r)
-            return A, A.new_empty(0, self.in_features), Bt, Bt.new_empty(0, self.out_features), d
+            return A, A.new_empty(0, K), Bt, Bt.new_empty(0, N), d
         A_shared, Bt_shared = pool.A_shared, pool.Bt_shared
-        if A_shared.device != A.device:  # a model over several devices: the pool lies on one
-            A_shared, Bt_shared = A_shared.to(A.device), Bt_shared.to(A.device)
-        return A, A_shared, Bt, Bt_shared, tensor_of(self.rasa_d, adapter_name)
+        d = tensor_of(self.rasa_d, adapter_name)
+        if A_shared.device != d.device:  # a model over several devices: the pool lies on one
+            A_shared, Bt_shared = A_shared.to(d.device), Bt_shared.to(d.device)
+        if settings.Rp == 0:
+            return A_shared.new_empty(0, K), A_shared, Bt_shared.new_empty(0, N), Bt_shared, d
+        A, Bt = tensor_of(self.rasa_A, adapter_name), tensor_of(self.rasa_Bt, adapter_name)
+        return A, A_shared, Bt, Bt_shared, d
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus every active adapter's update."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = [name for name in self.active_adapters if name in self.rasa_A]
+        adapters = [name for name in self.active_adapters if name in self.rasa_settings]
         if self.disable_adapters or self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         if x.shape[-1] != self.in_features:
@@ -206,7 +211,7 @@ class Linear(nn.Module, BaseTunerLayer):
 
         Zero if the layer has no such adapter: PEFT asks every layer.
         """
-        if adapter_name not in self.rasa_A:
+        if adapter_name not in self.rasa_settings:
             K, N = self.in_features, self.out_features
             size = (K, N) if is_transposed(self.get_base_layer()) else (N, K)
             return torch.zeros(size, device=device_of(self.base_layer))
@@ -256,7 +261,7 @@ class Linear(nn.Module, BaseTunerLayer):
     def mergeable(self, adapter_names: list[str] | None) -> list[str]:
         """Return which of these adapters (of the active ones) the layer has and could merge."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        return [n for n in names if n in self.rasa_A and n not in self.merged_adapters]
+        return [n for n in names if n in self.rasa_settings and n not in self.merged_adapters]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -266,7 +271,8 @@ class Linear(nn.Module, BaseTunerLayer):
         finite is refused in any case. Raises what merged_weight() does; the layer is then as it
         was.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.rasa_A]
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.rasa_settings]
         if not names:
             return
         weight, merged = self.merged_weight(names)
@@ -295,10 +301,10 @@ class Linear(nn.Module, BaseTunerLayer):
         From the configuration, since a sharded parameter has another shape than its checkpoint.
         """
         settings, K, N = self.rasa_settings[adapter_name], self.in_features, self.out_features
-        expected = {
-            "rasa_A": ("(Rp, K)", [settings.Rp, K]),
-            "rasa_Bt": ("(Rp, N)", [settings.Rp, N]),
-        }
+        expected = {}
+        if settings.Rp > 0:
+            expected["rasa_A"] = ("(Rp, K)", [settings.Rp, K])
+            expected["rasa_Bt"] = ("(Rp, N)", [settings.Rp, N])
         if settings.k > 0:
             expected["rasa_d"] = ("(Rs + Rp)", [settings.Rs + settings.Rp])
         return expected
@@ -324,7 +330,9 @@ class Linear(nn.Module, BaseTunerLayer):
         them. Here only a dtype that the ops do not take beside the base layer's is changed.
         """
         base = self.get_base_layer()
-        dtype = tensor_of(self.rasa_A, adapter_name).dtype
+        if adapter_name not in self.rasa_settings:
+            return
+        dtype = self.adapter(adapter_name)[-1].dtype
         weight = base_weight(base)
         if weight is not None and dtype not in (weight.dtype, adapter_dtype("RaSA", base, None)):
             dtype = adapter_dtype("RaSA", base, None)

@@ -33,7 +33,7 @@ class RaSAModel(BaseTuner):
         rasa_A_shared.<adapter>.<group>  (Rs, K)      rasa_Bt_shared.<adapter>.<group>  (Rs, N)
 
     and each layer holds rasa_A.<adapter> (Rp, K), rasa_Bt.<adapter> (Rp, N) and, for k > 0,
-    rasa_d.<adapter> (Rs + Rp).
+    rasa_d.<adapter> (Rs + Rp). What would be empty (Rp = 0) is left out.
 
     Adapting a layer whose weight is tied to another's (a tied lm_head) raises ValueError, a module
     that is not linear-like TypeError; the model is then as it was. Loading a checkpoint that lacks
@@ -174,7 +174,7 @@ class RaSAModel(BaseTuner):
         """Give an adapter at least float32, or else the dtype of its layers."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in _layers(self).values():
-            if adapter_name not in layer.rasa_A:
+            if adapter_name not in layer.rasa_settings:
                 continue
             base = layer.get_base_layer()
             dtype = adapter_dtype("RaSAModel", base, None)
