@@ -235,7 +235,7 @@ class Linear(nn.Module, BaseTunerLayer):
     def merged_weight(self, adapter_names: list[str]) -> tuple[Tensor, Tensor]:
         """Return the base weight, and what it is with these adapters and those merged already.
 
-        Summed in float32 and rounded once, so that the order of merging does not matter.
+        Summed in float32 and rounded once, however often adapters are merged one after another.
         Raises TypeError if the base has no floating-point weight to add to, ValueError if the sum
         would not be finite.
         """
