@@ -32,6 +32,11 @@ class ArgsBuilder {
   }
   static bool fits(size_t bytes) { return bytes <= sizeof(KernelArgs::data); }
 
+  // Row blocks that a problem of one segment may have.
+  static constexpr size_t kMaxBlocks =
+      (sizeof(KernelArgs::data) - sizeof(ProblemArg) - sizeof(int32_t) - sizeof(SegmentArg)) /
+      sizeof(Block);
+
   // All of the problem, or nothing of it where it does not fit. Fills in what `arg` says of the
   // matrices, the segments and dropout.
   bool add(ProblemArg arg, const Problem& p, const BlockList& C, const Segment* segments,

@@ -99,9 +99,7 @@ constexpr bool config_is_sound(const TileConfig& c) {
 }
 
 // Which configs grouped_gemm.cu instantiates with dropout beside those without.
-constexpr bool has_dropout_kernel(ConfigId id) {
-  return !tile_config(id).scales_segments && id != ConfigId::kMerge;
-}
+constexpr bool has_dropout_kernel(ConfigId id) { return id != ConfigId::kMerge; }
 
 // Dropout's registers leave room for one block of any config.
 constexpr int blocks_per_sm(ConfigId id, bool has_dropout) {

@@ -33,7 +33,11 @@ template __global__ void grouped_gemm_sm80<ConfigId::kShrink160, Half, true>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kShrinkScaled, BFloat16, false>(
     const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kShrinkScaled, BFloat16, true>(
+    const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kShrinkScaled, Half, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kShrinkScaled, Half, true>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kExpand48, BFloat16, false>(
     const __grid_constant__ KernelArgs);
@@ -53,7 +57,11 @@ template __global__ void grouped_gemm_sm80<ConfigId::kExpand80, Half, true>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kExpandScaled, BFloat16, false>(
     const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpandScaled, BFloat16, true>(
+    const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kExpandScaled, Half, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kExpandScaled, Half, true>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kWgrad48, BFloat16, false>(
     const __grid_constant__ KernelArgs);
@@ -81,7 +89,11 @@ template __global__ void grouped_gemm_sm80<ConfigId::kWgrad160, Half, true>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kWgradScaled, BFloat16, false>(
     const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kWgradScaled, BFloat16, true>(
+    const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kWgradScaled, Half, false>(
+    const __grid_constant__ KernelArgs);
+template __global__ void grouped_gemm_sm80<ConfigId::kWgradScaled, Half, true>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kMerge, BFloat16, false>(
     const __grid_constant__ KernelArgs);

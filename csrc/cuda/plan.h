@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -89,10 +90,8 @@ class GroupPlanner {
     }
     const bool drops = p.drop_threshold > 0;
     ConfigId id = select_config(group_.layout, p.M, p.N, max_K, has_scale_m && p.num_segments > 1);
-    if (drops && id == ConfigId::kMerge) id = ConfigId::kWgrad160;
-    if (drops && !has_dropout_kernel(id)) {
-      throw std::invalid_argument("no kernel has dropout and a scale_m for each segment");
-    }
+    // A merge has neither.
+    if (id == ConfigId::kMerge && (drops || p.row_dot != nullptr)) id = ConfigId::kWgrad160;
     return id == kernel_.config && drops == kernel_.has_dropout;
   }
 
@@ -179,7 +178,9 @@ class GroupPlanner {
         ++count;
       }
       if (!ArgsBuilder::fits(ArgsBuilder::num_bytes(p, s, count))) {
-        throw std::invalid_argument("one segment has more row blocks than one launch can take");
+        throw std::invalid_argument("a segment and its problem may have at most " +
+                                    std::to_string(ArgsBuilder::kMaxBlocks) +
+                                    " row blocks in their matrices");
       }
       const int32_t k = num_k(s, count);
       pieces.push_back({p.first_segment + first, count, k, num_splits(k, k_per_split)});
@@ -217,7 +218,7 @@ class GroupPlanner {
     const auto added = [&] { return builder_.add(r.arg, r.problem, C, nullptr, 0, tiles); };
     if (added()) return;
     if (!builder_.is_empty()) launch();
-    if (!added()) throw std::invalid_argument("C has more row blocks than one launch can take");
+    if (!added()) throw std::invalid_argument("C is too large for one launch");
   }
 
   // Where `floats` of the workspace begin, in kWorkspaceUnit bytes.

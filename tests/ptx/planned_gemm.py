@@ -268,7 +268,7 @@ def formula(layout: str, case: ProblemCase, dtype: torch.dtype, C_dtype: torch.d
     total = torch.zeros(case.M, case.N, dtype=C_dtype)
     if case.C_in:
         total += _axis(case.C_in, case.M).to(C_dtype)
-    for s in case.segments:
+    for s in (s for s in case.segments if s.K):
         product = _product(layout, case, s, dtype)
         if s.scale_m is not None:
             product = s.scale_m.to(dtype)[:, None] * product

@@ -8,7 +8,15 @@ import torch
 from ptx.conftest import ModuleLoader, SummaryLines
 from ptx.executor import Module, Options, counter_row, counter_table
 from ptx.gemm_programs import GROUPS, Group, Maker, dropped, expand, merge, shrink, wgrad
-from ptx.planned_gemm import CSRC, KERNELS, Planned, ProblemCase, SegmentCase, check
+from ptx.planned_gemm import (
+    CSRC,
+    KERNELS,
+    Planned,
+    ProblemCase,
+    SegmentCase,
+    check,
+    kernel_name,
+)
 from rasa_ext import dropout_mask
 
 ADVERSARIAL = [Options(adversarial=True, seed=s) for s in (1, 2, 3)]
@@ -33,9 +41,17 @@ def test_a_group_is_right_in_every_schedule(module: Module, group: Group) -> Non
         run_and_check(module, group, options)
 
 
+def test_every_kernel_is_run_by_some_group(module: Module) -> None:
+    run = set()
+    for group in GROUPS:
+        planned = Planned(group.layout, group.dtype, group.make(), group.scale_dtype, group.device)
+        run |= {kernel_name(module, launch, group.dtype) for launch in planned.launches}
+    assert run == set(module.entries)
+
+
 @pytest.mark.parametrize("layout", ["NT", "TN"])
 def test_a_split_sum_repeats_bit_by_bit(module: Module, layout: str) -> None:
-    (group,) = (g for g in GROUPS if g.layout == layout and g.name.endswith("split-drop-R39"))
+    (group,) = (g for g in GROUPS if g.layout == layout and g.name.endswith("split-R39-bf16-drop"))
     runs = [run_and_check(module, group, options) for options in ADVERSARIAL[:2]]
     assert runs[0].workspace_bytes > 0
     for first, second in zip(*(run.results() for run in runs), strict=True):
@@ -106,6 +122,11 @@ def test_what_no_kernel_does_is_refused() -> None:
     case = shrink(Maker(torch.float32), 8, 8, 7)
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         Planned("NT", torch.float32, [case], torch.float32)
+    m = Maker()
+    rows = [m.matrix(1, 8) for _ in range(2040)]
+    many = ProblemCase(2040, 8, [SegmentCase(rows, [m.matrix(8, 8)], 8)], [m.empty(2040, 8)])
+    with pytest.raises(ValueError, match="at most 2037 row blocks"):
+        Planned("NN", m.dtype, [many], m.dtype)
 
 
 def _bytes(*tensors: torch.Tensor) -> int:
