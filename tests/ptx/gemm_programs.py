@@ -184,7 +184,8 @@ def _segments() -> list[Group]:
             m = Maker(dtype)
             shape = (70, 40) if dtype is BF16 else (39, 136)
             C_dtype = F32 if layout == "TN" else dtype
-            case = segments(m, layout, *shape, [40, 72, 8], scaled, C_dtype)
+            Ks = [200, 136, 8] if split else [40, 72, 8]
+            case = segments(m, layout, *shape, Ks, scaled, C_dtype)
             return [dropped(case, one_seed=layout == "NN") if drops else case]
 
         words = ("scaled" if scaled else "summed", NAMES[dtype])

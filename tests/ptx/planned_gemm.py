@@ -181,7 +181,7 @@ class Planned:
         shape = (C.c_int * 6)()
         _shim().launch_shape(i, shape)
         config, has_dropout, grid, threads, smem, num_problems = shape
-        args = C.string_at(_shim().launch_args(i), _shim().args_size())
+        args = C.string_at(_shim().launch_args(i), _shim().args_size(i))
         args = self._workspace.at(0).to_bytes(8, "little") + args[8:]  # the pointer comes first
         return Launch(config, bool(has_dropout), grid, threads, smem, num_problems, args)
 

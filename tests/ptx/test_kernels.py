@@ -27,8 +27,12 @@ def module(ptx_module: ModuleLoader) -> Module:
     return ptx_module(KERNELS, "sm_80", include=(CSRC,))
 
 
+def plan(group: Group) -> Planned:
+    return Planned(group.layout, group.dtype, group.make(), group.scale_dtype, group.device)
+
+
 def run_and_check(module: Module, group: Group, options: Options) -> Planned:
-    planned = Planned(group.layout, group.dtype, group.make(), group.scale_dtype, group.device)
+    planned = plan(group)
     for result in planned.run(module, options):
         assert result.ok, result.report()
     check(planned, group.layout)
@@ -42,11 +46,18 @@ def test_a_group_is_right_in_every_schedule(module: Module, group: Group) -> Non
 
 
 def test_every_kernel_is_run_by_some_group(module: Module) -> None:
-    run = set()
-    for group in GROUPS:
-        planned = Planned(group.layout, group.dtype, group.make(), group.scale_dtype, group.device)
-        run |= {kernel_name(module, launch, group.dtype) for launch in planned.launches}
+    run = {
+        kernel_name(module, launch, group.dtype)
+        for group in GROUPS
+        for launch in plan(group).launches
+    }
     assert run == set(module.entries)
+
+
+@pytest.mark.parametrize("group", [g for g in GROUPS if "split" in g.name], ids=lambda g: g.name)
+def test_a_long_reduction_of_few_tiles_is_split(group: Group) -> None:
+    outputs = sum(t.numel() for case in group.make() for t in case.C if isinstance(t, torch.Tensor))
+    assert plan(group).workspace_bytes >= 2 * 4 * outputs
 
 
 @pytest.mark.parametrize("layout", ["NT", "TN"])
