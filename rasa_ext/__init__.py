@@ -11,7 +11,14 @@ load_extension()  # before the modules below: they use the ops it registers
 from rasa_ext._build_config import version as __version__  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
-from rasa_ext.ops import dropout_mask, grouped_gemm, rasa_add, rasa_linear  # noqa: E402
+from rasa_ext.ops import (  # noqa: E402
+    dropout_mask,
+    grouped_gemm,
+    rasa_add,
+    rasa_linear,
+    rasa_linears,
+)
+from rasa_ext.siblings import link_siblings  # noqa: E402
 from rasa_ext.weights import (  # noqa: E402
     adapter_state_dict,
     load_adapter,
@@ -30,10 +37,12 @@ __all__ = [
     "build_info",
     "dropout_mask",
     "grouped_gemm",
+    "link_siblings",
     "load_adapter",
     "merge",
     "rasa_add",
     "rasa_linear",
+    "rasa_linears",
     "save_adapter",
     "unmerge",
 ]
