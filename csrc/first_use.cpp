@@ -50,13 +50,31 @@ std::vector<Case> all_cases() {
       cases.back().scales_m = cases.back().dots = true;
     }
   }
-  cases.push_back({.form = "merge", .layout = Layout::kTN, .M = 200, .N = 136, .K = {39}});
-  cases.back().scales_k = true;
+  // The widest rank beside few tokens or features, whose tiles are smaller.
+  for (const bool drops : {false, true}) {
+    cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 70, .N = 156, .K = {328}});
+    cases.push_back({.form = "expand", .layout = Layout::kNN, .M = 70, .N = 136, .K = {156}});
+    cases.push_back({.form = "wgrad", .layout = Layout::kTN, .M = 156, .N = 72, .K = {328}});
+    cases.push_back({.form = "expand", .layout = Layout::kNN, .M = 70, .N = 136, .K = {39, 7}});
+    for (size_t i = cases.size() - 4; i < cases.size(); ++i) cases[i].drops = drops;
+  }
+  // Reductions long enough to be split.
+  cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 70, .N = 39, .K = {2000}});
+  cases.push_back({.form = "wgrad", .layout = Layout::kTN, .M = 39, .N = 136, .K = {2000}});
+  for (const int64_t R : {39, 156, 200}) {
+    cases.push_back({.form = "merge", .layout = Layout::kTN, .M = 200, .N = 136, .K = {R}});
+    cases.back().scales_k = true;
+  }
   // Sums of segments, each with a scale of its rows.
-  cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 70, .N = 39, .K = {40, 328}});
-  cases.push_back({.form = "expand", .layout = Layout::kNN, .M = 70, .N = 136, .K = {39, 7}});
-  cases.push_back({.form = "wgrad", .layout = Layout::kTN, .M = 39, .N = 136, .K = {40, 328}});
-  for (size_t i = cases.size() - 3; i < cases.size(); ++i) cases[i].scales_m = true;
+  for (const bool drops : {false, true}) {
+    cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 70, .N = 39, .K = {40, 328}});
+    cases.push_back({.form = "expand", .layout = Layout::kNN, .M = 70, .N = 136, .K = {39, 7}});
+    cases.push_back({.form = "wgrad", .layout = Layout::kTN, .M = 39, .N = 136, .K = {40, 328}});
+    for (size_t i = cases.size() - 3; i < cases.size(); ++i) {
+      cases[i].scales_m = true;
+      cases[i].drops = drops;
+    }
+  }
   // Rows that no 16-byte load may read, and ranks in float32.
   cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 33, .N = 14, .K = {61}});
   cases.push_back({.form = "expand", .layout = Layout::kNN, .M = 33, .N = 61, .K = {14}});
@@ -198,8 +216,8 @@ Types types_of(const Case& c, at::ScalarType main) {
   return {main, c.has_f32_ranks && main != at::kDouble ? at::kFloat : main};
 }
 
-std::string failure_of(const Case& c, const Run& run, NameKernelsFn name_kernels, double error,
-                       double allowed, at::ScalarType type, at::Device device) {
+std::string failure_of(const Case& c, const Run& run, const NameKernelsFn& name_kernels,
+                       double error, double allowed, at::ScalarType type, at::Device device) {
   std::ostringstream message;
   message << "rasa_ext: a kernel computes wrong numbers on " << device << " in "
           << at::toString(type) << ": " << c.form << " (M " << c.M << ", N " << c.N << ", K "
@@ -212,7 +230,7 @@ std::string failure_of(const Case& c, const Run& run, NameKernelsFn name_kernels
 
 // Nothing if every case is right. Allowed are twice the error that the library has in the same
 // dtype, one rounding of the result, and the roundings of the float64 reference; not NaN.
-std::string find_failure(LaunchFn launch, NameKernelsFn name_kernels, at::ScalarType type,
+std::string find_failure(LaunchFn launch, const NameKernelsFn& name_kernels, at::ScalarType type,
                          at::Device device) {
   for (const Case& c : all_cases()) {
     const Types types = types_of(c, type);
@@ -255,13 +273,11 @@ void FirstUse::check(DType dtype, at::Device device) {
   TORCH_CHECK(false, found->second);
 }
 
-std::vector<std::string> first_use_kernels(DType dtype, NameKernelsFn name_kernels) {
-  std::vector<std::string> names;
+void for_each_first_use_program(DType dtype, const std::function<void(const Program&)>& visit) {
   for (const Case& c : all_cases()) {
     const Types types = types_of(c, to_scalar_type(dtype));
-    names.push_back(name_kernels(Run(c, make_inputs(c, types), types, at::kCPU).program()));
+    visit(Run(c, make_inputs(c, types), types, at::kCPU).program());
   }
-  return names;
 }
 
 }  // namespace rasa

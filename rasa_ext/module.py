@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +15,27 @@ from rasa_ext.base_layer import (
     features,
     fusible,
     is_transposed,
+    must_be_called,
 )
 from rasa_ext.ops import rasa_add, rasa_linear
+from rasa_ext.update import delta_weight, init_gates, init_rank_weights, tensor_of
+
+if TYPE_CHECKING:
+    from rasa_ext.siblings import SiblingGroup
 
 _MAX_SEED = 2**63 - 1
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    """Return module.name; past nn.Module's attribute lookup, which costs as much as a small op."""
-    tensor = module._parameters.get(name)
-    # Elsewhere: a constant d (a buffer), and what FSDP1 or a parametrisation put in its place.
-    return getattr(module, name) if tensor is None else tensor
+class Operands(NamedTuple):
+    """What the fused op takes of a layer."""
 
-
-def _init_rank_weights(A: Tensor, Bt: Tensor) -> None:
-    """Initialise A Kaiming-uniform(a=sqrt 5) and Bt zero, as the authors (and LoRA) do."""
-    if A.numel() > 0:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    nn.init.zeros_(Bt)
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    A_shared: Tensor
+    Bt: Tensor
+    Bt_shared: Tensor
+    d: Tensor
 
 
 class SharedPool(nn.Module):
@@ -78,7 +80,7 @@ class SharedPool(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw A_shared anew and set Bt_shared to zero."""
-        _init_rank_weights(self.A_shared, self.Bt_shared)
+        init_rank_weights(self.A_shared, self.Bt_shared)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""
@@ -120,6 +122,8 @@ class RaSALinear(nn.Module):
     base_layer: nn.Module
     original_weight: Tensor | None
     merged: bool
+    # The layers that are fed the same tensor (siblings.py).
+    siblings: SiblingGroup | None = None
 
     def __init__(
         self,
@@ -189,21 +193,13 @@ class RaSALinear(nn.Module):
                 f"({pool.in_features}, {pool.out_features}, {pool.k})"
             )
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw A anew, set Bt to zero and d to the authors' values (k = 0: alpha / r).
 
         Half of alpha goes to the shared ranks, half to the layer's own: 0.5*alpha/Rs, 0.5*alpha/Rp.
         """
-        _init_rank_weights(self.A, self.Bt)
-        Rp = self.r - self.k
-        Rs = self.d.numel() - Rp
-        if self.k == 0:
-            self.d.fill_(self.alpha / self.r)
-            return
-        self.d[:Rs] = 0.5 * self.alpha / Rs
-        if Rp > 0:
-            self.d[Rs:] = 0.5 * self.alpha / Rp
+        init_rank_weights(self.A, self.Bt)
+        init_gates(self.d, self.r - self.k, self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return base_layer(x) plus the update; see the class for the formula.
@@ -225,24 +221,55 @@ class RaSALinear(nn.Module):
                     "gradient. Call unmerge(), or eval() to run the merged layer"
                 )
             return base(x)  # type: ignore[no-any-return]
-        p, seed = 0.0, None
-        if self.training and self.dropout > 0.0:
-            # From torch's generator, so that manual_seed and checkpointing repeat the mask.
-            p, seed = self.dropout, torch.randint(_MAX_SEED, (), device=x.device)
-        A, Bt, d = _tensor(self, "A"), _tensor(self, "Bt"), _tensor(self, "d")
+        if self.siblings is not None and not torch.compiler.is_compiling():
+            y = self.siblings.forward(self, x)
+        else:
+            p = self.drop_rate
+            y = self.compute(x, p, self.draw_seed(x, p))
+        return y if x.dim() == 2 else y.reshape(x.shape[:-1] + (self.out_features,))
+
+    @property
+    def drop_rate(self) -> float:
+        """The dropout that acts now."""
+        return self.dropout if self.training else 0.0
+
+    def draw_seed(self, x: Tensor, p: float) -> Tensor | None:
+        """Return a seed from torch's generator, so that manual_seed and checkpointing repeat it."""
+        return torch.randint(_MAX_SEED, (), device=x.device) if p > 0.0 else None
+
+    def _adapter(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return A, A_shared, Bt, Bt_shared, d."""
+        A, Bt, d = tensor_of(self, "A"), tensor_of(self, "Bt"), tensor_of(self, "d")
         pool = self.pool
         if pool is None:
-            A_shared, Bt_shared = self._no_A_shared, self._no_Bt_shared
-        else:
-            A_shared, Bt_shared = _tensor(pool, "A_shared"), _tensor(pool, "Bt_shared")
-        x2d = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+            return A, self._no_A_shared, Bt, self._no_Bt_shared, d
+        return A, tensor_of(pool, "A_shared"), Bt, tensor_of(pool, "Bt_shared"), d
+
+    def compute(self, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+        """Return the output for x as a matrix, with the mask of this seed."""
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        base: Any = self._modules["base_layer"]
         fused = fusible(base) if self._is_plain_linear else None
         if fused is not None:
-            y = rasa_linear(x2d, *fused, A, A_shared, Bt, Bt_shared, d, p, seed)
-        else:
-            y = base(x).reshape(-1, self.out_features)
-            y = rasa_add(x2d, y, A, A_shared, Bt, Bt_shared, d, p, seed)
-        return y if x.dim() == 2 else y.reshape(x.shape[:-1] + (self.out_features,))
+            return rasa_linear(rows, *fused, *self._adapter(), p, seed)
+        y = base(x).reshape(-1, self.out_features)
+        return rasa_add(rows, y, *self._adapter(), p, seed)
+
+    def operands(self) -> Operands | None:
+        """Return the tensors with which an op can compute this layer in its caller's place.
+
+        None if it cannot: merged, a base that must be called, or hooks, which only a call runs.
+        """
+        if self.merged or not self._is_plain_linear or type(self) is not RaSALinear:
+            return None
+        fused = None if must_be_called(self) else fusible(self._modules["base_layer"])
+        return None if fused is None else Operands(*fused, *self._adapter())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled layer, which joins the copy of its siblings' group."""
+        super().__setstate__(state)
+        if self.siblings is not None:
+            self.siblings.join(self)
 
     @property
     def weight(self) -> Tensor:
@@ -270,12 +297,10 @@ class RaSALinear(nn.Module):
 
         Shape: (N, K), whatever the base layer's own layout. Differentiable.
         """
-        A, Bt, d = self.A, self.Bt, self.d
-        if self.pool is not None:
-            A, Bt = torch.cat([self.pool.A_shared, A]), torch.cat([self.pool.Bt_shared, Bt])
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        with torch.autocast(A.device.type, enabled=False):
-            return (Bt.to(dtype) * d.to(dtype)[:, None]).T @ A.to(dtype)
+        pool = self.pool
+        A_shared = self._no_A_shared if pool is None else pool.A_shared
+        Bt_shared = self._no_Bt_shared if pool is None else pool.Bt_shared
+        return delta_weight(self.A, A_shared, self.Bt, Bt_shared, self.d)
 
     def _with_delta(self, weight: Tensor) -> Tensor:
         """Return weight plus the update in weight's layout, rounded once to weight's dtype."""

@@ -3,6 +3,7 @@
 
 #include "../gemm_problem.h"
 #include "../host_device.h"
+#include "kernel_args.h"
 #include "smem_layout.h"
 
 namespace rasa::cuda {
@@ -145,6 +146,11 @@ constexpr bool needs_large_smem(ConfigId id) {
   return id == ConfigId::kExpand160Wide || id == ConfigId::kMerge160Wide;
 }
 
+// Whether select_config has a use for it on a device: a large one has wider merges.
+constexpr bool is_for(ConfigId id, int smem_bytes) {
+  return smem_bytes >= kLargeSmemBytes ? id != ConfigId::kMerge160 : !needs_large_smem(id);
+}
+
 constexpr bool config_is_sound(ConfigId id) {
   const TileConfig c = tile_config(id);
   return c.smem_bytes() <= (needs_large_smem(id) ? kLargeSmemBytes : kSmallSmemBytes) &&
@@ -159,7 +165,13 @@ constexpr bool is_merge(ConfigId id) { return id >= ConfigId::kMerge80 && id < C
 // Which configs grouped_gemm.cu instantiates with dropout beside those without. The widest wgrad
 // has no registers left for it.
 constexpr bool has_dropout_kernel(ConfigId id) {
-  return !tile_config(id).scales_segments && !is_merge(id) && id != ConfigId::kWgrad160Wide;
+  return !is_merge(id) && id != ConfigId::kWgrad160Wide;
+}
+
+// The argument block that the kernel declares: large where a group has many problems, or a problem
+// many segments.
+constexpr int arg_bytes(ConfigId id) {
+  return tile_config(id).scales_segments || is_merge(id) ? kLargeArgBytes : kSmallArgBytes;
 }
 
 // Whether the addresses of all copies stay in registers from one k block to the next: a short
@@ -185,7 +197,7 @@ struct ProblemShape {
 // the counted ones.
 constexpr ConfigId select_config(const ProblemShape& p, int smem_bytes) {
   const bool has_large_smem = smem_bytes >= kLargeSmemBytes;
-  const bool walks = p.num_segments == 1 && p.max_K <= 160 && !p.has_row_dot;
+  const bool walks = p.num_segments == 1 && p.max_K <= 160;
   switch (p.layout) {
     case Layout::kNT:  // one N tile holds the whole rank, so x is read once
       if (p.scales_segments) return ConfigId::kShrinkScaled;
@@ -209,6 +221,7 @@ constexpr ConfigId select_config(const ProblemShape& p, int smem_bytes) {
       if (p.M <= 160) {  // 256 columns share a load of g: L2 1.61, with 128 2.22
         return p.N <= 128 ? ConfigId::kWgrad160 : ConfigId::kWgrad160Wide;
       }
+      if (p.has_row_dot) return ConfigId::kWgrad160;  // a merge has none
       if (!walks) return ConfigId::kMergeSegments;
       if (p.max_K <= 80) return ConfigId::kMerge80;  // as expand
       return has_large_smem ? ConfigId::kMerge160Wide : ConfigId::kMerge160;

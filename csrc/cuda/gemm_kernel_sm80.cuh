@@ -411,7 +411,7 @@ class GemmTile {
 
 template <ConfigId kId, class Element, bool kDropout>
 __global__ void __launch_bounds__(tile_config(kId).threads(), blocks_per_sm(kId, kDropout))
-    grouped_gemm_sm80(const __grid_constant__ KernelArgs args) {
+    grouped_gemm_sm80(const __grid_constant__ ArgsBlock<arg_bytes(kId)> args) {
   extern __shared__ __align__(1024) char smem[];
   using Tile = GemmTile<kId, Element, kDropout>;
   if constexpr (Tile::kWalks) {

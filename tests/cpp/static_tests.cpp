@@ -212,17 +212,17 @@ static_assert(configs_hold(), "every config fits the shared memory it is chosen 
 constexpr bool choice_holds(const ProblemShape& p, int smem_bytes) {
   const ConfigId id = select_config(p, smem_bytes);
   const TileConfig c = tile_config(id);
-  return c.layout == p.layout && c.smem_bytes() <= smem_bytes &&
+  return c.layout == p.layout && c.smem_bytes() <= smem_bytes && is_for(id, smem_bytes) &&
          c.scales_segments == p.scales_segments &&
-         (!c.walks || (p.num_segments == 1 && p.max_K <= c.block_k && !p.has_row_dot)) &&
-         (!p.has_dropout || c.scales_segments || has_dropout_kernel(id));
+         (!c.walks || (p.num_segments == 1 && p.max_K <= c.block_k)) &&
+         !(is_merge(id) && p.has_row_dot) && (!p.has_dropout || has_dropout_kernel(id));
 }
 constexpr bool choices_hold() {
-  const int64_t sizes[] = {1, 40, 48, 80, 96, 128, 156, 160, 161, 256, 4096};
+  const int64_t sizes[] = {1, 48, 80, 96, 128, 160, 161, 4096};
   for (const Layout layout : {Layout::kNN, Layout::kNT, Layout::kTN}) {
     for (const int64_t M : sizes) {
       for (const int64_t N : sizes) {
-        for (const int64_t K : {0, 39, 48, 49, 80, 81, 160, 161}) {
+        for (const int64_t K : {0, 48, 80, 81, 161}) {
           for (int bits = 0; bits < 16; ++bits) {
             const ProblemShape p = {layout,          M,        N, K, 1 + bits % 2, bits % 4 == 3,
                                     (bits & 4) != 0, bits >= 8};
@@ -237,6 +237,19 @@ constexpr bool choices_hold() {
   return true;
 }
 static_assert(choices_hold(), "a chosen config fits the GPU and the problem");
+
+constexpr int arg_bytes_of(Layout layout, int64_t M, int64_t N, int64_t K, bool scales_segments) {
+  const ProblemShape p = {layout, M, N, K, scales_segments ? 2 : 1, scales_segments, false, false};
+  return arg_bytes(select_config(p, kLargeSmemBytes));
+}
+static_assert(arg_bytes_of(Layout::kNT, 4096, 40, 4096, false) == kSmallArgBytes &&
+                  arg_bytes_of(Layout::kNN, 4096, 4096, 156, false) == kSmallArgBytes &&
+                  arg_bytes_of(Layout::kTN, 156, 4096, 4096, false) == kSmallArgBytes &&
+                  arg_bytes(ConfigId::kReduce) == kSmallArgBytes,
+              "a training step's launches copy few arguments");
+static_assert(arg_bytes_of(Layout::kTN, 4096, 4096, 40, false) == kLargeArgBytes &&
+                  arg_bytes_of(Layout::kTN, 128, 4096, 64, true) == kLargeArgBytes,
+              "merges and pools of all layers share a launch");
 
 constexpr bool rank_fits_one_tile(int64_t R) {
   for (const int64_t long_axis : {128, 4096}) {

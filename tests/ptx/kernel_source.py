@@ -18,7 +18,8 @@ def _source(kernels: list[tuple[Config, bool]]) -> str:
     for config, has_dropout in kernels:
         arguments = f"ConfigId::k{config.name}, __nv_bfloat16, {str(has_dropout).lower()}"
         lines.append(f"template __global__ void grouped_gemm_sm80<{arguments}>(")
-        lines.append("    const __grid_constant__ KernelArgs);")
+        size = f"arg_bytes(ConfigId::k{config.name})"
+        lines.append(f"    const __grid_constant__ ArgsBlock<{size}>);")
     return "\n".join([*lines, "}", ""])
 
 

@@ -40,7 +40,7 @@ void launch_shape(int i, int* out) {
                         launch.grid,
                         launch.threads,
                         launch.smem_bytes,
-                        launch.args.num_problems};
+                        launch.args->num_problems};
   for (int k = 0; k < 6; ++k) out[k] = values[k];
 }
 
@@ -67,7 +67,7 @@ void config_shape(int id, int* out) {
   for (int k = 0; k < 11; ++k) out[k] = values[k];
 }
 
-int args_size() { return sizeof(rasa::cuda::KernelArgs); }
-const void* launch_args(int i) { return &group_plan.launches[i].args; }
+int args_size(int i) { return static_cast<int>(group_plan.launches[i].args.num_bytes()); }
+const void* launch_args(int i) { return group_plan.launches[i].args.operator->(); }
 
 }  // extern "C"
