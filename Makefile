@@ -4,8 +4,8 @@
 #   make demo          fine-tune a small language model with RaSA; ARGS="--steps 100" passes options
 #   make test          the tests
 #   make check         what was built, and a self-check of every op
-#   make kernel-counters  traffic and machine code of the CUDA kernels; needs nvcc, but no GPU
 #   make bench-quick   one table: frozen, LoRA, the authors' formula, rasa_ext
+#   make kernel-counters    traffic and machine code of the CUDA kernels; needs nvcc and no GPU
 #   make check-cuda-build   builds with CUDA, in an environment of its own; needs nvcc and no GPU
 #   make lint          what CI wants of the sources
 #   make clean         remove what was built

@@ -209,8 +209,8 @@ constexpr ConfigId select_config(const ProblemShape& p, int smem_bytes) {
       if (p.scales_segments) return ConfigId::kExpandScaled;
       if (!walks) return ConfigId::kExpandSegments;
       if (p.max_K <= 48) return ConfigId::kExpand48;  // R = 39: L2 1.15; 40 KiB, so two blocks
-      if (p.max_K <= 80) return ConfigId::kExpand80;  // R = 78: L2 1.31
-      // Narrow: the widest panel beside which A fits 99 KiB, L2 1.41. Wide: L2 1.31, and the next
+      if (p.max_K <= 80) return ConfigId::kExpand80;  // R = 78: L2 1.30
+      // Narrow: the widest panel beside which A fits 99 KiB, L2 1.41. Wide: L2 1.30, and the next
       // tile's A is loaded while this one is stored.
       return has_large_smem && p.M > 96 ? ConfigId::kExpand160Wide : ConfigId::kExpand160;
     default:  // wgrad: one M tile holds the whole rank, so x is read once; merge has it along K

@@ -208,7 +208,7 @@ def _segments() -> list[Group]:
 
 def _walks(R: int, dtype: torch.dtype, smem_bytes: int = LARGE_SMEM) -> list[Group]:
     """Several tiles and columns to a block, in problems of two shapes."""
-    name = f"walk-R{R}-{'f16' if dtype is F16 else 'bf16'}-{smem_bytes // 1024}KiB"
+    name = f"walk-R{R}-{NAMES[dtype]}-{smem_bytes // 1024}KiB"
     shapes = ((300, 264), (136, 200))
 
     def expands() -> list[ProblemCase]:
@@ -223,6 +223,14 @@ def _walks(R: int, dtype: torch.dtype, smem_bytes: int = LARGE_SMEM) -> list[Gro
         Group(f"expand-drop-{name}", "NN", lambda: [dropped(c) for c in expands()], *types),
         Group(f"merge-{name}", "TN", merges, *types),
     ]
+
+
+def _wide_sums(dtype: torch.dtype) -> list[ProblemCase]:
+    """A merge of two deltas at once, and a wgrad of few features: tiles of their own."""
+    m = Maker(dtype)
+    first, second = merge(m, 200, 136, 39), merge(m, 200, 136, 14)
+    both = replace(first, segments=[*first.segments, *second.segments])
+    return [both, wgrad(m, 70, 72, 156, (True, True))]
 
 
 def _pool(rows: int, layers: int, dtype: torch.dtype) -> list[ProblemCase]:
@@ -342,6 +350,8 @@ GROUPS: list[Group] = [
     *_walks(39, BF16),
     *_walks(78, F16),
     *(g for dtype in (BF16, F16) for s in (SMALL_SMEM, LARGE_SMEM) for g in _walks(156, dtype, s)),
+    Group("wide-sums", "TN", lambda: _wide_sums(BF16)),
+    Group("wide-sums-f16", "TN", lambda: _wide_sums(F16), F16, F16),
     *_forms("R156-tall", 156, 300, 328, Maker),
     *_forms("R156-tall-f16", 156, 264, 136, lambda: Maker(F16)),
     *_forms("R156-f32-adapter", 156, 136, 136, lambda: Maker(BF16, F32)),
