@@ -102,6 +102,8 @@ class RaSALinear(nn.Module):
     ranks first, where Rp = r - k and Rs = k * pool.num_layers. k = 0 is plain LoRA: pool is None
     and d = alpha / r is a constant. k = r has no ranks of its own.
     Saved for backward: x and the (M, R) product with A_all; the dropout mask is drawn again.
+    Layers that link_siblings() or apply() linked share the op and the mask when they are called in
+    turn with the same x.
 
     `base_layer` is any linear-like module and is frozen. An nn.Linear is computed by one fused op
     unless it trains or carries hooks; any other base is called, and the update added to its
@@ -262,12 +264,13 @@ class RaSALinear(nn.Module):
         """
         if self.merged or not self._is_plain_linear or type(self) is not RaSALinear:
             return None
-        fused = None if must_be_called(self) else fusible(self._modules["base_layer"])
+        base: Any = self._modules["base_layer"]
+        fused = None if must_be_called(self) else fusible(base)
         return None if fused is None else Operands(*fused, *self._adapter())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled layer, which joins the copy of its siblings' group."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.siblings is not None:
             self.siblings.join(self)
 

@@ -218,9 +218,10 @@ class SiblingGroup:
                 family[member] = theirs, state
         if first not in family or len(family) < 2:
             return
-        columns = zip(*(operands for operands, _ in family.values()), strict=True)
+        layers = zip(*(operands for operands, _ in family.values()), strict=True)
+        weight, bias, A, A_shared, Bt, Bt_shared, d = map(list, layers)
         rows = x if x.dim() == 2 else x.reshape(-1, first.in_features)
-        y = rasa_linears(rows, *map(list, columns), p=p, seed=turn.seed)
+        y = rasa_linears(rows, weight, bias, A, A_shared, Bt, Bt_shared, d, p, turn.seed)
         of_x = (x._version, x.requires_grad)
         for (member, (operands, state)), output in zip(family.items(), y, strict=True):
             turn.outputs[member] = _Output(output, operands, (of_x, state))
