@@ -171,7 +171,7 @@ def test_a_layer_is_a_lora(kind: str, k: int) -> None:
 def test_peft_converts_it_to_a_lora(tmp_path, kind: str) -> None:
     peft_convert = pytest.importorskip("peft.tuners.lora.conversion")
     model = adapted(kind, target_modules=["q_proj", "c_attn"])
-    before, exact = logits(model), double_logits(model)
+    before = logits(model)
     assert model.supports_lora_conversion()
 
     peft_convert.save_as_lora(tmp_path, model, rank=LAYERS + 3)  # R: nothing is lost
@@ -179,4 +179,3 @@ def test_peft_converts_it_to_a_lora(tmp_path, kind: str) -> None:
     lora = peft.PeftModel.from_pretrained(base_model(kind), tmp_path)
     assert type(lora.peft_config["default"]) is peft.LoraConfig
     torch.testing.assert_close(logits(lora), before)
-    assert exact.shape == before.shape
