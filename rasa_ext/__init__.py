@@ -9,6 +9,8 @@ from rasa_ext.build_info import build_info, load_extension
 load_extension()  # before the modules below: they use the ops it registers
 
 from rasa_ext._build_config import version as __version__  # noqa: E402
+from rasa_ext.export import export_to_lora  # noqa: E402
+from rasa_ext.foreign import import_lora, import_rasa  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
 from rasa_ext.ops import dropout_mask, grouped_gemm, rasa_add, rasa_linear  # noqa: E402
@@ -29,7 +31,10 @@ __all__ = [
     "apply",
     "build_info",
     "dropout_mask",
+    "export_to_lora",
     "grouped_gemm",
+    "import_lora",
+    "import_rasa",
     "load_adapter",
     "merge",
     "rasa_add",

@@ -257,6 +257,15 @@ def match(root: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if name in matched}
 
 
+def target_names(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Return the last parts of the layers' names, or, where others have them too, whole names."""
+    leaves = {name.rpartition(".")[2] for name in layers}
+    named = {clean_name(name) for name, _ in root.named_modules()}
+    if {name for name in named if name.rpartition(".")[2] in leaves} == layers.keys():
+        return tuple(sorted(leaves))
+    return tuple(layers)
+
+
 def _short_name(name: str) -> str:
     """Return the last part of a module's name, with its list if that part is a number."""
     parts = clean_name(name).split(".")
