@@ -135,6 +135,13 @@ def test_injecting_without_the_tuner_is_refused() -> None:
         peft.inject_adapter_in_model(config(), base_model())
 
 
+def test_a_batch_of_several_adapters_is_refused() -> None:
+    model = adapted()
+
+    with pytest.raises(ValueError, match=r"adapter_names is not supported.*\['default', 'x'\]"):
+        model(input_ids=torch.ones(2, 3, dtype=torch.int64), adapter_names=["default", "x"])
+
+
 def test_a_wrong_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"x must be .* = \[..., 16\], got \[2, 8\]"):
         layers(adapted())[0](torch.ones(2, 8))

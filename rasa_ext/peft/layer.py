@@ -218,20 +218,6 @@ class Linear(nn.Module, BaseTunerLayer):
         delta = delta_weight(*self.adapter(adapter_name))
         return delta.T if is_transposed(self.get_base_layer()) else delta
 
-    @torch.no_grad()
-    def lora_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return the update as a LoRA: A (R, K) and B (N, R), for a scaling of 1.
-
-        Semantics, exact but for the rounding of B in float32::
-
-            A = torch.cat([A_shared, A])
-            B = (torch.cat([Bt_shared, Bt]) * d[:, None]).T
-        """
-        A, A_shared, Bt, Bt_shared, d = self.adapter(adapter_name)
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        B = torch.cat([Bt_shared, Bt]).to(dtype) * d.to(dtype)[:, None]
-        return torch.cat([A_shared, A]).to(dtype), B.T.contiguous()
-
     def merged_weight(self, adapter_names: list[str]) -> tuple[Tensor, Tensor]:
         """Return the base weight, and what it is with these adapters and those merged already.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -164,6 +166,16 @@ class RaSAModel(BaseTuner):
         for shared in (self.rasa_A_shared, self.rasa_Bt_shared):
             if adapter_name in shared:
                 del shared[adapter_name]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse PEFT's argument for mixed batches, which would be ignored without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "RaSAModel: adapter_names is not supported: one batch goes through the active "
+                f"adapters, got {kwargs['adapter_names']}. Call the model once for each adapter"
+            )
+        yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its pools."""
