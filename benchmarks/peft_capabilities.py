@@ -23,6 +23,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from peft.utils.hotswap import hotswap_adapter
 from report import RESULTS, heading, table, write_json
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D

@@ -8,18 +8,9 @@ import math
 import peft
 import pytest
 import torch
+from hf_models import LAYERS
 from models import Int8Linear, randomize_adapters
-from peft_models import (
-    KINDS,
-    LAYERS,
-    adapted,
-    assert_same,
-    base_model,
-    config,
-    layers,
-    logits,
-    weights,
-)
+from peft_models import KINDS, adapted, assert_same, base_model, config, layers, logits, weights
 from reference import assert_accurate
 from torch import nn
 

@@ -8,6 +8,7 @@ from functools import partial
 import peft
 import pytest
 import torch
+from hf_models import tokens
 from models import assert_as_accurate, randomize_adapters
 from peft_models import (
     adapted,
@@ -17,7 +18,6 @@ from peft_models import (
     config,
     layers,
     reload,
-    tokens,
     trained,
 )
 from torch import nn

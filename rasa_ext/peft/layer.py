@@ -74,7 +74,7 @@ class Pool:
 
 
 class Pools(dict[str, Pool]):
-    """The pools of a layer's adapters. PEFT before 0.20 freezes by these methods, not by tensor."""
+    """The pools of a layer's adapters. PEFT 0.18 freezes through methods, later ones by tensor."""
 
     def requires_grad_(self, requires_grad: bool = True) -> None:
         """Freeze or unfreeze the pools of all adapters."""

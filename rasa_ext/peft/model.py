@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -67,6 +67,11 @@ class RaSAModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         """Put an adapter into the model; after an error the model is as it was."""
+        if any(adapter_name in layer.rasa_settings for layer in _layers(model).values()):
+            raise ValueError(
+                f"RaSAModel: adapter_name must be new to the model, got {adapter_name!r}. Name "
+                "another, or unload() the model first"
+            )
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         names: list[str] = list(self.targeted_module_names)
         # By name: the layer, its parent, and what it replaces there (None: a layer of ours).
@@ -226,7 +231,8 @@ class RaSAModel(BaseTuner):
             if not names:
                 continue
             try:
-                layer.merged_weight(names)
+                with onload_layer(layer):
+                    layer.merged_weight(names)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
 
