@@ -17,6 +17,7 @@ from rasa_ext.base_layer import is_transposed
 from rasa_ext.contents import check_finite
 from rasa_ext.injection import adapted_layers, clean_name, target_names, unwrapped
 from rasa_ext.module import SharedPool
+from rasa_ext.sharding import writes_files
 from rasa_ext.storage import create_folder
 from rasa_ext.weights import adapter_state_dict
 
@@ -41,7 +42,8 @@ def export_to_lora(
     one, since a folder cannot be replaced in one step. Both files are there afterwards, or neither.
     dtype: of the tensors, by default float32 (float64 for float64 adapters), which holds the
     products with d of 16-bit adapters exactly. Returns the smallest rank that vLLM offers for R,
-    or R itself above 512, which vLLM refuses.
+    or R itself above 512, which vLLM refuses. Of a model that FSDP2 has sharded, every process must
+    call this, and rank 0 writes.
 
     Raises ValueError if the model has no adapters, is itself an adapted layer, or holds NaN or inf
     (in `dtype`), FileExistsError if there is something at `path`, OSError if it cannot be written.
@@ -64,6 +66,9 @@ def export_to_lora(
         )
     if not target.parent.is_dir():
         raise FileNotFoundError(f"export_to_lora: the folder of {path} does not exist")
+    max_lora_rank = next((rank for rank in _SERVER_RANKS if rank >= R), R)
+    if not writes_files(root):
+        return max_lora_rank
     try:
         files = {"adapter_model.safetensors": save(tensors, {"format": "pt"})}
         create_folder(target, files | {"adapter_config.json": config.encode()})
@@ -71,7 +76,7 @@ def export_to_lora(
         raise OSError(
             f"export_to_lora: {path} could not be written, and nothing is there: {error}"
         ) from error
-    return next((rank for rank in _SERVER_RANKS if rank >= R), R)
+    return max_lora_rank
 
 
 def _lora_pairs(root: nn.Module, dtype: torch.dtype | None) -> dict[str, tuple[Tensor, Tensor]]:

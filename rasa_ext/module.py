@@ -209,7 +209,7 @@ class RaSALinear(nn.Module):
         """Return base_layer(x) plus the update; see the class for the formula.
 
         Raises ValueError unless the last size of x is in_features, RuntimeError when called in
-        training mode while merged.
+        training mode while merged or while the pool's tensors are not gathered.
         """
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -235,6 +235,12 @@ class RaSALinear(nn.Module):
             A_shared, Bt_shared = self._no_A_shared, self._no_Bt_shared
         else:
             A_shared, Bt_shared = _tensor(pool, "A_shared"), _tensor(pool, "Bt_shared")
+            if A_shared.dim() != 2:
+                raise RuntimeError(
+                    "RaSALinear: the pool's A_shared must be (Rs, K) while a layer runs, got "
+                    f"{list(A_shared.shape)}. DeepSpeed ZeRO-3 gathers a module's own parameters "
+                    "only: use ZeRO-2, or FSDP with the pools in the root's unit"
+                )
         x2d = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         fused = fusible(base) if self._is_plain_linear else None
         if fused is not None:
