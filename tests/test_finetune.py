@@ -101,9 +101,11 @@ def test_the_exported_lora_gives_stock_peft_the_same_logits(finished, model_fold
     lora = peft.PeftModel.from_pretrained(base, output / "lora").eval()
     ids = tokens(rows=2, length=20)
 
-    exact = logits(authors_model(adapted).double(), ids)
+    # As one vector: behind a softmax, a row may be off by more than its share.
+    models = (lora, authors_model(adapted), authors_model(adapted).double())
+    out, in_plain_torch, exact = (logits(model, ids).flatten() for model in models)
 
-    assert_accurate(logits(lora, ids), logits(authors_model(adapted), ids), exact)
+    assert_accurate(out, in_plain_torch, exact)
     assert "as LoRA: servers need a max_lora_rank of 16\n" in printed  # R = 8 - 1 + 2
 
 
