@@ -12,7 +12,8 @@
 // Every matrix is row-major and is a stack of row blocks (a matrix in one piece is a stack of one):
 // shared and private ranks are two blocks of one matrix and are never copied together in memory. A
 // stack with fewer rows than its axis reads as zeros beyond them; a block without a pointer reads
-// as zeros and is not written.
+// as zeros and is not written. CUDA takes 2,037 blocks in all matrices of a segment and its
+// problem.
 //
 // Dropout acts on a (tokens, features) matrix: op(A) in NT, the product in NN, op(B) in TN. So one
 // mask serves the forward shrink and, in backward, wgrad and dx; philox.h says which bit belongs to
@@ -20,9 +21,9 @@
 // the same.
 //
 // Rounding: operands are rounded to Program::dtype or to a wider type (once; scale_k is applied
-// before, to A, or to B where B's exponent has room for the product); products are summed in fp32
-// (fp64 for F64); the factor of kept elements is applied to that sum, C_in is added to it, and C is
-// rounded once.
+// before, to A, or to B where the type's exponent has room for the product: not in fp16); products
+// are summed in fp32 (fp64 for F64); the factor of kept elements is applied to that sum, C_in is
+// added to it, and C is rounded once.
 //
 // A program is a list of groups that run in order. A row of an NT or NN result may depend on the
 // same row, and on no other, of an earlier NT or NN result, so a backend may run all of them row

@@ -3,11 +3,14 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
 
 #include "cpu/dropout_mask.h"
-#include "cpu/grouped_gemm.h"
+#include "cpu/launch.h"
 #include "cpu/micro_kernel.h"
+#include "cuda/kernel_names.h"
+#include "first_use.h"
 #include "rasa_ops.h"
 #include "register_backend.h"
 
@@ -138,7 +141,7 @@ struct Autocast {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rasa_ext, CPU, m) { register_backend<cpu::grouped_gemm, cpu::draw_mask>(m); }
+TORCH_LIBRARY_IMPL(rasa_ext, CPU, m) { register_backend<cpu::launch, cpu::draw_mask>(m); }
 
 TORCH_LIBRARY_IMPL(rasa_ext, Meta, m) {
   m.impl("rasa_linear", &rasa_linear_meta);
@@ -158,8 +161,28 @@ TORCH_LIBRARY_IMPL(rasa_ext, AutocastCUDA, m) {
 
 }  // namespace rasa
 
+namespace rasa {
+namespace {
+
+// (kernels that the check at first use runs, kernels there are), with CUDA or without.
+std::pair<std::vector<std::string>, std::vector<std::string>> first_use_kernels(bool is_bf16,
+                                                                                int32_t num_sms) {
+  const DType dtype = is_bf16 ? DType::kBF16 : DType::kF16;
+  std::vector<std::string> used;
+  for_each_first_use_program(dtype, [&](const Program& program) {
+    for (std::string& name : cuda::kernel_names(program, {num_sms})) used.push_back(name);
+  });
+  return {used, cuda::all_kernel_names(dtype)};
+}
+
+}  // namespace
+}  // namespace rasa
+
 PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &rasa::cpu::cpu_capability);
   m.def("micro_kernel_dtypes", &rasa::cpu::micro_kernel_dtypes);
   m.def("set_portable", &rasa::cpu::set_portable, pybind11::arg("portable"));
+  m.def("set_cpu_launcher", &rasa::cpu::set_launcher, pybind11::arg("name"));
+  m.def("first_use_kernels", &rasa::first_use_kernels, pybind11::arg("is_bf16"),
+        pybind11::arg("num_sms"));
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,22 +17,9 @@ from rasa_ext.base_layer import (
     is_transposed,
 )
 from rasa_ext.ops import rasa_add, rasa_linear
+from rasa_ext.update import delta_weight, init_gates, init_rank_weights, tensor_of
 
 _MAX_SEED = 2**63 - 1
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    """Return module.name; past nn.Module's attribute lookup, which costs as much as a small op."""
-    tensor = module._parameters.get(name)
-    # Elsewhere: a constant d (a buffer), and what FSDP1 or a parametrisation put in its place.
-    return getattr(module, name) if tensor is None else tensor
-
-
-def _init_rank_weights(A: Tensor, Bt: Tensor) -> None:
-    """Initialise A Kaiming-uniform(a=sqrt 5) and Bt zero, as the authors (and LoRA) do."""
-    if A.numel() > 0:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    nn.init.zeros_(Bt)
 
 
 class SharedPool(nn.Module):
@@ -78,7 +64,7 @@ class SharedPool(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw A_shared anew and set Bt_shared to zero."""
-        _init_rank_weights(self.A_shared, self.Bt_shared)
+        init_rank_weights(self.A_shared, self.Bt_shared)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""
@@ -189,21 +175,13 @@ class RaSALinear(nn.Module):
                 f"({pool.in_features}, {pool.out_features}, {pool.k})"
             )
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw A anew, set Bt to zero and d to the authors' values (k = 0: alpha / r).
 
         Half of alpha goes to the shared ranks, half to the layer's own: 0.5*alpha/Rs, 0.5*alpha/Rp.
         """
-        _init_rank_weights(self.A, self.Bt)
-        Rp = self.r - self.k
-        Rs = self.d.numel() - Rp
-        if self.k == 0:
-            self.d.fill_(self.alpha / self.r)
-            return
-        self.d[:Rs] = 0.5 * self.alpha / Rs
-        if Rp > 0:
-            self.d[Rs:] = 0.5 * self.alpha / Rp
+        init_rank_weights(self.A, self.Bt)
+        init_gates(self.d, self.r - self.k, self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return base_layer(x) plus the update; see the class for the formula.
@@ -229,12 +207,12 @@ class RaSALinear(nn.Module):
         if self.training and self.dropout > 0.0:
             # From torch's generator, so that manual_seed and checkpointing repeat the mask.
             p, seed = self.dropout, torch.randint(_MAX_SEED, (), device=x.device)
-        A, Bt, d = _tensor(self, "A"), _tensor(self, "Bt"), _tensor(self, "d")
+        A, Bt, d = tensor_of(self, "A"), tensor_of(self, "Bt"), tensor_of(self, "d")
         pool = self.pool
         if pool is None:
             A_shared, Bt_shared = self._no_A_shared, self._no_Bt_shared
         else:
-            A_shared, Bt_shared = _tensor(pool, "A_shared"), _tensor(pool, "Bt_shared")
+            A_shared, Bt_shared = tensor_of(pool, "A_shared"), tensor_of(pool, "Bt_shared")
             if A_shared.dim() != 2:
                 raise RuntimeError(
                     "RaSALinear: the pool's A_shared must be (Rs, K) while a layer runs, got "
@@ -276,12 +254,10 @@ class RaSALinear(nn.Module):
 
         Shape: (N, K), whatever the base layer's own layout. Differentiable.
         """
-        A, Bt, d = self.A, self.Bt, self.d
-        if self.pool is not None:
-            A, Bt = torch.cat([self.pool.A_shared, A]), torch.cat([self.pool.Bt_shared, Bt])
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        with torch.autocast(A.device.type, enabled=False):
-            return (Bt.to(dtype) * d.to(dtype)[:, None]).T @ A.to(dtype)
+        pool = self.pool
+        A_shared = self._no_A_shared if pool is None else pool.A_shared
+        Bt_shared = self._no_Bt_shared if pool is None else pool.Bt_shared
+        return delta_weight(self.A, A_shared, self.Bt, Bt_shared, self.d)
 
     def _with_delta(self, weight: Tensor) -> Tensor:
         """Return weight plus the update in weight's layout, rounded once to weight's dtype."""
