@@ -12,6 +12,7 @@ from rasa_ext._build_config import version as __version__  # noqa: E402
 from rasa_ext.export import export_to_lora  # noqa: E402
 from rasa_ext.foreign import import_lora, import_rasa  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
+from rasa_ext.mixed_batch import mixed_add  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
 from rasa_ext.ops import dropout_mask, grouped_gemm, rasa_add, rasa_linear  # noqa: E402
 from rasa_ext.weights import (  # noqa: E402
@@ -37,6 +38,7 @@ __all__ = [
     "import_rasa",
     "load_adapter",
     "merge",
+    "mixed_add",
     "rasa_add",
     "rasa_linear",
     "save_adapter",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -268,11 +268,11 @@ def match(root: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if name in matched}
 
 
-def target_names(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+def target_names(root: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
     """Return the last parts of the layers' names, or, where others have them too, whole names."""
     leaves = {name.rpartition(".")[2] for name in layers}
     named = {clean_name(name) for name, _ in root.named_modules()}
-    if {name for name in named if name.rpartition(".")[2] in leaves} == layers.keys():
+    if {name for name in named if name.rpartition(".")[2] in leaves} == set(layers):
         return tuple(sorted(leaves))
     return tuple(layers)
 

@@ -34,6 +34,13 @@ def mixed_add(x: Tensor, base: Tensor, adapters: Sequence[Adapter], index: Tenso
     they lie so already. index is read by the host: a CPU tensor saves waiting for a GPU.
     No gradients are recorded.
 
+    A server hangs it on each base layer of its frozen model, index being that of its tokens::
+
+        def add(linear, args, y):
+            x = args[0].flatten(0, -2)
+            return mixed_add(x, y.flatten(0, -2), adapters_of[linear], index).view_as(y)
+        linear.register_forward_hook(add)
+
     Raises ValueError if a shape or the index does not fit, by argument and adapter.
     """
     _check(x, base, adapters, index)
@@ -83,7 +90,7 @@ def _check(x: Tensor, base: Tensor, adapters: Sequence[Adapter], index: Tensor) 
             f"mixed_add: index must be (M) = [{M}] of torch.int64, got {list(index.shape)} of "
             f"{index.dtype}"
         )
-    if M > 0 and not (-1 <= int(index.min()) and int(index.max()) < len(adapters)):
+    if M > 0 and (int(index.min()) < -1 or int(index.max()) >= len(adapters)):
         raise ValueError(
             f"mixed_add: index must be in -1 .. {len(adapters) - 1}, the adapters, got "
             f"{int(index.min())} .. {int(index.max())}"
