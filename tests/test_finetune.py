@@ -250,6 +250,12 @@ def test_held_block_ends_before_a_signal_takes_effect():
     assert finished
 
 
+def test_a_signal_of_another_process_takes_effect_here():
+    interruption = Interruption()
+    with pytest.raises(Interrupted, match="SIGTERM"), interruption.held():
+        interruption.take_effect(lambda mine: max(mine, signal.SIGTERM))
+
+
 def test_training_contains_no_held_out_problem(tokenizer, monkeypatch):
     # Held-out and training problems of one seed are as close as they can be: the same stream.
     monkeypatch.setattr(gsm_symbolic, "SEED_DISTANCE", 0)
