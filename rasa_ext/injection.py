@@ -141,8 +141,8 @@ def apply(
 
     Raises ValueError for r, k, alpha, dropout or dtype out of range, for a target that does not
     occur, for a weight tied to another module's, for a module that has two names while k > 0, for
-    a group on several devices, for a model that has adapters, and for one that DeepSpeed's ZeRO-3
-    has partitioned; TypeError for a target that is
+    a group on several devices, for a model that has adapters, and for one that ZeRO-3 or FSDP2
+    has taken apart already; TypeError for a target that is
     not linear-like. The model is then as it was.
     """
     targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)

@@ -29,8 +29,13 @@ def writes_files(model: nn.Module) -> bool:
 
 
 def refuse_partitioned(op: str, model: nn.Module) -> None:
-    """Raise ValueError for a model that DeepSpeed's ZeRO-3 has partitioned."""
+    """Raise ValueError for a model that ZeRO-3 or FSDP2 has taken apart already."""
     for name, parameter in model.named_parameters():
+        if _is_sharded(parameter):
+            raise ValueError(
+                f"{op}: {name} is sharded already, and adapters put in now would be no part of "
+                "that: their gradients would differ between processes. Adapt the model, then shard"
+            )
         if hasattr(parameter, "ds_id"):
             raise ValueError(
                 f"{op}: {name} is partitioned by DeepSpeed ZeRO-3, which gathers a module's own "

@@ -111,7 +111,7 @@ def test_what_was_trained_sharded_runs_alone(folder) -> None:
         assert_accurate(out, exact, exact)
 
 
-# --- DeepSpeed's ZeRO-3, by what it leaves of a parameter -----------------------------------------
+# --- ZeRO-3 and FSDP2, by what they leave of a parameter ------------------------------------------
 
 
 def partitioned(model: nn.Module) -> nn.Module:
@@ -132,6 +132,21 @@ def test_a_partitioned_model_is_refused() -> None:
     assert str(error.value) == (
         "apply: layers.0.attn.q_proj.weight is partitioned by DeepSpeed ZeRO-3, which gathers a "
         "module's own parameters only, and layers use their pool's. Use ZeRO-2, or FSDP"
+    )
+
+
+def test_a_sharded_model_is_refused() -> None:
+    model = plain()
+    model.head.weight.full_tensor = model.head.weight.detach  # as a DTensor has it
+    before = snapshot(model)
+
+    with pytest.raises(ValueError) as error:
+        apply(model, target_modules="q_proj")
+
+    assert snapshot(model) == before
+    assert str(error.value) == (
+        "apply: head.weight is sharded already, and adapters put in now would be no part of that: "
+        "their gradients would differ between processes. Adapt the model, then shard"
     )
 
 
