@@ -12,6 +12,7 @@ from rasa_ext._build_config import version as __version__  # noqa: E402
 from rasa_ext.export import export_to_lora  # noqa: E402
 from rasa_ext.foreign import import_lora, import_rasa  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
+from rasa_ext.mixed_batch import mixed_add  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
 from rasa_ext.ops import (  # noqa: E402
     dropout_mask,
@@ -45,6 +46,7 @@ __all__ = [
     "link_siblings",
     "load_adapter",
     "merge",
+    "mixed_add",
     "rasa_add",
     "rasa_linear",
     "rasa_linears",

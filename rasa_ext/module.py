@@ -207,7 +207,7 @@ class RaSALinear(nn.Module):
         """Return base_layer(x) plus the update; see the class for the formula.
 
         Raises ValueError unless the last size of x is in_features, RuntimeError when called in
-        training mode while merged.
+        training mode while merged or while the pool's tensors are not gathered.
         """
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -245,7 +245,14 @@ class RaSALinear(nn.Module):
         pool = self.pool
         if pool is None:
             return A, self._no_A_shared, Bt, self._no_Bt_shared, d
-        return A, tensor_of(pool, "A_shared"), Bt, tensor_of(pool, "Bt_shared"), d
+        A_shared, Bt_shared = tensor_of(pool, "A_shared"), tensor_of(pool, "Bt_shared")
+        if A_shared.dim() != 2:
+            raise RuntimeError(
+                "RaSALinear: the pool's A_shared must be (Rs, K) while a layer runs, got "
+                f"{list(A_shared.shape)}. DeepSpeed ZeRO-3 gathers a module's own parameters "
+                "only: use ZeRO-2, or FSDP with the pools in the root's unit"
+            )
+        return A, A_shared, Bt, Bt_shared, d
 
     def compute(self, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         """Return the output for x as a matrix, with the mask of this seed."""
