@@ -12,6 +12,7 @@ from rasa_ext._build_config import version as __version__  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
 from rasa_ext.ops import dropout_mask, grouped_gemm, rasa_add, rasa_linear  # noqa: E402
+from rasa_ext.rank_allocator import RankAllocator  # noqa: E402
 from rasa_ext.weights import (  # noqa: E402
     adapter_state_dict,
     load_adapter,
@@ -21,6 +22,7 @@ from rasa_ext.weights import (  # noqa: E402
 )
 
 __all__ = [
+    "RankAllocator",
     "RaSALinear",
     "SharedPool",
     "Summary",

@@ -25,7 +25,7 @@ _MAX_SEED = 2**63 - 1
 def _tensor(module: nn.Module, name: str) -> Tensor:
     """Return module.name; past nn.Module's attribute lookup, which costs as much as a small op."""
     tensor = module._parameters.get(name)
-    # Elsewhere: a constant d (a buffer), and what FSDP1 or a parametrisation put in its place.
+    # Elsewhere: a constant or gated d, and what FSDP1 or a parametrisation put in its place.
     return getattr(module, name) if tensor is None else tensor
 
 
@@ -71,7 +71,8 @@ class SharedPool(nn.Module):
                 raise ValueError(f"SharedPool: {name} must be an integer of at least 1, got {size}")
         self.in_features, self.out_features = in_features, out_features
         self.k, self.num_layers = k, num_layers
-        Rs = k * num_layers
+        # What the pool holds now; a RankAllocator frees ranks that no layer uses.
+        self.Rs = Rs = k * num_layers
         self.A_shared = nn.Parameter(torch.empty(Rs, in_features, dtype=dtype, device=device))
         self.Bt_shared = nn.Parameter(torch.empty(Rs, out_features, dtype=dtype, device=device))
         self.reset_parameters()
@@ -85,6 +86,7 @@ class SharedPool(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"k={self.k}, num_layers={self.num_layers}"
+            + (f", Rs={self.Rs}" if self.Rs != self.k * self.num_layers else "")
         )
 
 
@@ -99,6 +101,9 @@ class RaSALinear(nn.Module):
     Shapes: x (..., K) -> (..., N), 1-D to 4-D; A (Rp, K), Bt (Rp, N), d (Rs + Rp) with the shared
     ranks first, where Rp = r - k and Rs = k * pool.num_layers. k = 0 is plain LoRA: pool is None
     and d = alpha / r is a constant. k = r has no ranks of its own.
+    gates=True trains c (Rs + Rp) instead of d: d = gate_scale * c, where gate_scale is the value
+    that d starts with and c starts at 1. A RankAllocator keeps c in [0, 1] and then edits the
+    number of ranks: Rp and pool.Rs are what there is now, r and k what the layer was made with.
     Saved for backward: x and the (M, R) product with A_all; the dropout mask is drawn again.
 
     `base_layer` is any linear-like module and is frozen. An nn.Linear is computed by one fused op
@@ -114,6 +119,8 @@ class RaSALinear(nn.Module):
     A: Tensor
     Bt: Tensor
     d: Tensor
+    c: Tensor
+    gate_scale: Tensor
     pool: SharedPool | None
     _no_A_shared: Tensor
     _no_Bt_shared: Tensor
@@ -130,6 +137,7 @@ class RaSALinear(nn.Module):
         alpha: float,
         dropout: float = 0.0,
         *,
+        gates: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         """Wrap base_layer; the adapter takes the pool's dtype and base_layer's device."""
@@ -153,6 +161,7 @@ class RaSALinear(nn.Module):
         options: dict[str, Any] = {"dtype": dtype, "device": device_of(base_layer)}
         self.in_features, self.out_features = K, N
         self.r, self.k, self.alpha, self.dropout = r, k, float(alpha), float(dropout)
+        self.Rp, self.gates = r - k, gates
         self.merged = False
         # Not registered: L aliases of the pool in state_dict() would be L copies on disk, and
         # FSDP could not shard it. A module, not its tensors, so that load_state_dict(assign=True)
@@ -162,14 +171,18 @@ class RaSALinear(nn.Module):
         # Exactly nn.Linear: subclasses may store another weight or compute something else.
         self._is_plain_linear = type(base_layer) is nn.Linear
 
-        Rp, Rs = r - k, 0 if pool is None else pool.k * pool.num_layers
+        Rp, Rs = r - k, 0 if pool is None else pool.Rs
         self.A = nn.Parameter(torch.empty(Rp, K, **options))
         self.Bt = nn.Parameter(torch.empty(Rp, N, **options))
         if pool is None:
             # Constants of plain LoRA: not trained, so not in state_dict() either.
-            self.register_buffer("d", torch.empty(r, **options), persistent=False)
             self.register_buffer("_no_A_shared", torch.empty(0, K, **options), persistent=False)
             self.register_buffer("_no_Bt_shared", torch.empty(0, N, **options), persistent=False)
+        if gates:
+            self.c = nn.Parameter(torch.empty(Rs + Rp, **options))
+            self.register_buffer("gate_scale", torch.empty(Rs + Rp, **options), persistent=False)
+        elif pool is None:
+            self.register_buffer("d", torch.empty(r, **options), persistent=False)
         else:
             self.d = nn.Parameter(torch.empty(Rs + Rp, **options))
         # A buffer, so that .to() moves it with the weight; set while merged only.
@@ -191,19 +204,39 @@ class RaSALinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw A anew, set Bt to zero and d to the authors' values (k = 0: alpha / r).
+        """Draw A anew, set Bt to zero and d to the authors' values (k = 0: alpha / r), c to 1.
 
-        Half of alpha goes to the shared ranks, half to the layer's own: 0.5*alpha/Rs, 0.5*alpha/Rp.
+        Half of alpha goes to the shared ranks, half to the layer's own: 0.5*alpha/Rs, 0.5*alpha/Rp,
+        with the Rs and Rp that the layer was made with.
         """
         _init_rank_weights(self.A, self.Bt)
-        Rp = self.r - self.k
-        Rs = self.d.numel() - Rp
-        if self.k == 0:
-            self.d.fill_(self.alpha / self.r)
-            return
-        self.d[:Rs] = 0.5 * self.alpha / Rs
-        if Rp > 0:
-            self.d[Rs:] = 0.5 * self.alpha / Rp
+        if self.gates:
+            self.c.fill_(1.0)
+            self.gate_scale.copy_(self._initial_d())
+        else:
+            self.d.copy_(self._initial_d())
+
+    def _initial_d(self) -> Tensor:
+        """Return what d starts with, for the ranks there are now."""
+        shared, private = 0.0, self.alpha / self.r
+        if self.pool is not None:
+            shared = 0.5 * self.alpha / (self.pool.k * self.pool.num_layers)
+            private = 0.5 * self.alpha / max(self.r - self.k, 1)
+        Rs = 0 if self.pool is None else self.pool.Rs
+        values = torch.full((Rs + self.Rp,), shared, dtype=self.A.dtype, device=self.A.device)
+        values[Rs:] = private
+        return values
+
+    def set_ranks(self, Rp: int) -> None:
+        """Record that A, Bt and c now hold Rp ranks and those of the pool. For gated layers."""
+        self.Rp = Rp
+        self.gate_scale = self._initial_d()
+
+    def __getattr__(self, name: str) -> Any:
+        """Compute d of a gated layer, so that whoever reads d (merge, export) reads the scaled."""
+        if name == "d" and self.__dict__.get("gates", False):
+            return self.gate_scale * _tensor(self, "c")
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return base_layer(x) plus the update; see the class for the formula.
@@ -340,5 +373,6 @@ class RaSALinear(nn.Module):
         """Return the configuration."""
         return (
             f"r={self.r}, k={self.k}, alpha={self.alpha:g}, dropout={self.dropout:g}, "
-            f"R={self.d.numel()}, merged={self.merged}"
+            f"R={(0 if self.pool is None else self.pool.Rs) + self.Rp}, merged={self.merged}"
+            + (", gates=True" if self.gates else "")
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from rasa_ext.injection import (
     Summary,
     adapted_layers,
     clean_name,
+    group_names,
     inject,
     plan,
     summarize,
@@ -34,9 +36,9 @@ FORMAT_VERSION = "1"
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained tensors by their names in state_dict(), each pool once.
 
-    Detached views of the parameters: A, Bt and (k > 0) d of each layer, A_shared and Bt_shared of
-    each pool. Raises ValueError if the model has no adapters, if a layer's pool belongs to no
-    module of the model, or if a tensor has not its full shape.
+    Detached views of the parameters: A, Bt and (gates) c or else (k > 0) d of each layer, A_shared
+    and Bt_shared of each pool. Raises ValueError if the model has no adapters, if a layer's pool
+    belongs to no module of the model, or if a tensor has not its full shape.
     """
     root = unwrapped(model)
     layers = _layers("adapter_state_dict", root)
@@ -65,7 +67,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     whatever interrupts it, `path` holds either the previous adapter or the new one, whole.
 
     Raises ValueError for NaN or inf (load_adapter would refuse the file) and for layers that differ
-    in r, k, alpha or dropout, OSError if it cannot be written.
+    in k, alpha, dropout or gates, OSError if it cannot be written.
     """
     root = unwrapped(model)
     tensors = adapter_state_dict(root)
@@ -207,12 +209,13 @@ def _expected_of_layers(root: nn.Module) -> Expected:
     for name, module in root.named_modules():
         prefix = clean_name(f"{name}.").removeprefix(".")
         if isinstance(module, SharedPool):
-            K, N, Rs = module.in_features, module.out_features, module.k * module.num_layers
-            expected |= _expected_of_pool(prefix, K, N, Rs, module.A_shared.dtype)
+            K, N = module.in_features, module.out_features
+            expected |= _expected_of_pool(prefix, K, N, module.Rs, module.A_shared.dtype)
         elif isinstance(module, RaSALinear):
             K, N, pool = module.in_features, module.out_features, module.pool
-            Rs = 0 if pool is None else pool.k * pool.num_layers
-            expected |= _expected_of_layer(prefix, K, N, module.r - module.k, Rs, module.A.dtype)
+            Rs = 0 if pool is None else pool.Rs
+            gate = "c" if module.gates else "d" if module.k > 0 else None
+            expected |= _expected_of_layer(prefix, K, N, module.Rp, Rs, gate, module.A.dtype)
     return expected
 
 
@@ -221,11 +224,13 @@ def _expected_of_plan(groups: list[Group], config: Config) -> Expected:
     expected: Expected = {}
     for group in groups:
         K, N = features(group.modules[0]) or (0, 0)
-        Rs = config.k * len(group.modules)
+        Rs = config.Rs_of(group)
+        gate = "c" if config.gates else "d" if config.k > 0 else None
         for names, module in zip(group.names, group.modules, strict=True):
             dtype = adapter_dtype("load_adapter", module, config.dtype)
-            prefix = f"{clean_name(names[0])}."
-            expected |= _expected_of_layer(prefix, K, N, config.r - config.k, Rs, dtype)
+            name = clean_name(names[0])
+            Rp = config.Rp_of(name)
+            expected |= _expected_of_layer(f"{name}.", K, N, Rp, Rs, gate, dtype)
         if config.k > 0:
             dtype = adapter_dtype("load_adapter", group.modules[0], config.dtype)
             expected |= _expected_of_pool(f"rasa_pools.{group.name}.", K, N, Rs, dtype)
@@ -240,14 +245,14 @@ def _expected_of_pool(prefix: str, K: int, N: int, Rs: int, dtype: torch.dtype) 
 
 
 def _expected_of_layer(
-    prefix: str, K: int, N: int, Rp: int, Rs: int, dtype: torch.dtype
+    prefix: str, K: int, N: int, Rp: int, Rs: int, gate: str | None, dtype: torch.dtype
 ) -> Expected:
     expected: Expected = {
         f"{prefix}A": ("(Rp, K)", [Rp, K], dtype),
         f"{prefix}Bt": ("(Rp, N)", [Rp, N], dtype),
     }
-    if Rs > 0:
-        expected[f"{prefix}d"] = ("(Rs + Rp)", [Rs + Rp], dtype)
+    if gate is not None:
+        expected[f"{prefix}{gate}"] = ("(Rs + Rp)", [Rs + Rp], dtype)
     return expected
 
 
@@ -294,22 +299,45 @@ def _check_layers(layers: dict[str, RaSALinear], config: Config) -> None:
                 f"load_adapter: alpha must be {layer.alpha:g} as in {name}, got {config.alpha:g}; "
                 "with k = 0 it is no trained weight"
             )
+        # Neither shape tells what a gate is multiplied with.
+        mine = (layer.gates, layer.r, layer.alpha)
+        files = (config.gates, config.r_of(name), config.alpha)
+        if (layer.gates or config.gates) and mine != files:
+            raise ValueError(
+                f"load_adapter: (gates, r, alpha) must be {mine} as in {name}, got {files}"
+            )
 
 
 def _config_json(root: nn.Module) -> str:
     """Return the apply() arguments that put the model's adapters into a plain model."""
     layers = adapted_layers(root)
-    configs = {(layer.r, layer.k, layer.alpha, layer.dropout) for layer in layers.values()}
+    configs = {(layer.k, layer.alpha, layer.dropout, layer.gates) for layer in layers.values()}
     if len(configs) > 1:
         raise ValueError(
-            "save_adapter: the layers must have one (r, k, alpha, dropout), got "
+            "save_adapter: the layers must have one (k, alpha, dropout, gates), got "
             f"{', '.join(map(str, sorted(configs)))}. Save adapter_state_dict(model) instead"
         )
-    r, k, alpha, dropout = configs.pop()
+    k, alpha, dropout, gates = configs.pop()
     dtypes = {layer.A.dtype for layer in layers.values()}
     dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
-    config = Config(r, k, alpha, _target_modules(root, layers), dropout)
-    return json.dumps(asdict(config) | {"dtype": dtype})
+    r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
+    groups = group_names(layers)
+    pools = {groups[n]: x.pool for n, x in layers.items() if x.pool is not None}
+    config = Config(
+        r,
+        k,
+        alpha,
+        _target_modules(root, layers),
+        dropout,
+        gates=gates,
+        rank_pattern={n: x.r for n, x in layers.items() if x.r != r},
+        private_ranks={n: x.Rp for n, x in layers.items() if x.Rp != x.r - x.k},
+        shared_ranks={n: x.Rs for n, x in pools.items() if x.Rs != x.k * x.num_layers},
+    )
+    # What is as in apply() by default is left out: versions that do not know it read the file.
+    optional = ("gates", "rank_pattern", "private_ranks", "shared_ranks")
+    content = {key: v for key, v in asdict(config).items() if v or key not in optional}
+    return json.dumps(content | {"dtype": dtype})
 
 
 def _target_modules(root: nn.Module, layers: dict[str, RaSALinear]) -> tuple[str, ...]:
@@ -350,10 +378,19 @@ def _parse_config(path: str | os.PathLike[str], text: str) -> Config:
         targets = tuple(map(str, config["target_modules"]))
         alpha, dropout = float(config["alpha"]), float(config["dropout"])
         check_config("config", config["r"], config["k"], alpha, dropout)
+        gates = bool(config.get("gates", False))
+        ranks = [
+            {str(name): int(rank) for name, rank in config.get(key, {}).items()}
+            for key in ("rank_pattern", "private_ranks", "shared_ranks")
+        ]
+        if any(rank < 0 for pattern in ranks for rank in pattern.values()):
+            raise ValueError(f"ranks must be at least 0, got {ranks}")
+        if not gates and (ranks[1] or ranks[2]):
+            raise ValueError("private_ranks and shared_ranks must come with gates")
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be a torch dtype, got {config['dtype']!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"load_adapter: {path} has no usable config in its metadata: {error!r}"
         ) from error
-    return Config(config["r"], config["k"], alpha, targets, dropout, dtype)
+    return Config(config["r"], config["k"], alpha, targets, dropout, dtype, gates, *ranks)
