@@ -9,10 +9,13 @@ from rasa_ext.build_info import build_info, load_extension
 load_extension()  # before the modules below: they use the ops it registers
 
 from rasa_ext._build_config import version as __version__  # noqa: E402
+from rasa_ext.boosting import BoostedUpdate  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
 from rasa_ext.ops import dropout_mask, grouped_gemm, rasa_add, rasa_linear  # noqa: E402
 from rasa_ext.rank_allocator import RankAllocator  # noqa: E402
+from rasa_ext.rank_report import rank_report, save_rank_report  # noqa: E402
+from rasa_ext.sensitivity import allocate_ranks, sensitivity_scores  # noqa: E402
 from rasa_ext.weights import (  # noqa: E402
     adapter_state_dict,
     load_adapter,
@@ -22,20 +25,25 @@ from rasa_ext.weights import (  # noqa: E402
 )
 
 __all__ = [
+    "BoostedUpdate",
     "RankAllocator",
     "RaSALinear",
     "SharedPool",
     "Summary",
     "__version__",
     "adapter_state_dict",
+    "allocate_ranks",
     "apply",
     "build_info",
     "dropout_mask",
     "grouped_gemm",
     "load_adapter",
     "merge",
+    "rank_report",
     "rasa_add",
     "rasa_linear",
     "save_adapter",
+    "save_rank_report",
+    "sensitivity_scores",
     "unmerge",
 ]

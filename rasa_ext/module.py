@@ -216,21 +216,19 @@ class RaSALinear(nn.Module):
         else:
             self.d.copy_(self._initial_d())
 
+    @property
+    def private_scale(self) -> float:
+        """What d of a rank of the layer's own starts with."""
+        Rp = self.r - self.k
+        return self.alpha / self.r if self.pool is None else 0.5 * self.alpha / max(Rp, 1)
+
     def _initial_d(self) -> Tensor:
         """Return what d starts with, for the ranks there are now."""
-        shared, private = 0.0, self.alpha / self.r
+        values = torch.full_like(self.c if self.gates else self.d, self.private_scale)
         if self.pool is not None:
-            shared = 0.5 * self.alpha / (self.pool.k * self.pool.num_layers)
-            private = 0.5 * self.alpha / max(self.r - self.k, 1)
-        Rs = 0 if self.pool is None else self.pool.Rs
-        values = torch.full((Rs + self.Rp,), shared, dtype=self.A.dtype, device=self.A.device)
-        values[Rs:] = private
+            Rs = self.pool.k * self.pool.num_layers
+            values[: self.pool.Rs] = 0.5 * self.alpha / Rs
         return values
-
-    def set_ranks(self, Rp: int) -> None:
-        """Record that A, Bt and c now hold Rp ranks and those of the pool. For gated layers."""
-        self.Rp = Rp
-        self.gate_scale = self._initial_d()
 
     def __getattr__(self, name: str) -> Any:
         """Compute d of a gated layer, so that whoever reads d (merge, export) reads the scaled."""

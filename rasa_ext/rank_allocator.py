@@ -16,6 +16,7 @@ from rasa_ext.rank_decisions import Decision, LayerGates, decide
 from rasa_ext.rank_edits import (
     apply_edits,
     check_optimizer,
+    check_plain,
     layer_edits,
     pool_edits,
     resize,
@@ -63,7 +64,8 @@ class RankAllocator:
 
     Raises ValueError for arguments out of range, for a model without gated layers, for gates that
     the optimizer does not train, and for a learning-rate schedule made before; TypeError for an
-    optimizer whose state is not kept by rank, by its name.
+    optimizer whose state is not kept by rank, by its name, and for sharded adapters: FSDP must
+    leave them out (ignored_params of fully_shard).
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class RankAllocator:
         check_optimizer(optimizer)
         self.layers = _gated_layers(model)
         self.pools = _pools(self.layers)
+        for layer in self.layers.values():
+            check_plain(layer.c)
         self.optimizer = optimizer
         self.settings: dict[str, Any] = {
             "l1": l1,
@@ -256,7 +260,7 @@ class RankAllocator:
         for name, pool in self.pools.items():
             pool.Rs = len(decision.keep_shared[name])
         for name, layer in self.layers.items():
-            layer.set_ranks(len(decision.keep_private[name]) + decision.grow[name])
+            layer.Rp = len(decision.keep_private[name]) + decision.grow[name]
 
     def _record(self) -> None:
         """Add the ranks of now to the history, with the shared ranks that each layer uses."""

@@ -18,7 +18,7 @@ _REFUSED = re.compile(r"[48]bit|fp8|zeroredundancy|deepspeed|fsdp", re.IGNORECAS
 
 @dataclass(frozen=True)
 class RowEdit:
-    """One parameter's ranks: the rows that survive, in order, and the new ones after them."""
+    """One tensor's ranks: the rows that survive, in order, and the new ones after them."""
 
     parameter: Tensor
     keep: Tensor
@@ -43,12 +43,12 @@ def layer_edits(
     Rs = layer.c.numel() - layer.Rp
     keep = _index(layer.A, keep_private)
     keep_all = torch.cat([_index(layer.A, keep_shared), Rs + keep])
-    A_new = A_new.to(layer.A)
-    Bt_new = layer.Bt.new_zeros(A_new.shape[0], layer.out_features)
+    new = A_new.shape[0]
     return [
-        RowEdit(layer.A, keep, A_new),
-        RowEdit(layer.Bt, keep, Bt_new),
-        RowEdit(layer.c, keep_all, layer.c.new_ones(A_new.shape[0])),
+        RowEdit(layer.A, keep, A_new.to(layer.A)),
+        RowEdit(layer.Bt, keep, layer.Bt.new_zeros(new, layer.out_features)),
+        RowEdit(layer.c, keep_all, layer.c.new_ones(new)),
+        RowEdit(layer.gate_scale, keep_all, layer.c.new_full((new,), layer.private_scale)),
     ]
 
 
@@ -84,7 +84,7 @@ def resize(
     for pool, wanted in Rs.items():
         pool.Rs = wanted
     for layer, wanted in zip(layers, Rp, strict=True):
-        layer.set_ranks(wanted)
+        layer.Rp = wanted
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
@@ -108,7 +108,7 @@ def apply_edits(edits: Iterable[RowEdit], optimizer: Optimizer | None = None) ->
     """
     edits = list(edits)
     for edit in edits:
-        _check_plain(edit.parameter)
+        check_plain(edit.parameter)
     states = [_edited_state(edit, optimizer) for edit in edits]
     data = [edit.of(edit.parameter.detach(), edit.new_rows) for edit in edits]
     grads = [None if (g := e.parameter.grad) is None else e.of_state(g) for e in edits]
@@ -118,7 +118,8 @@ def apply_edits(edits: Iterable[RowEdit], optimizer: Optimizer | None = None) ->
             optimizer.state[edit.parameter] |= state
 
 
-def _check_plain(parameter: Tensor) -> None:
+def check_plain(parameter: Tensor) -> None:
+    """Raise TypeError for a parameter that is sharded or wrapped."""
     if type(parameter) not in (Tensor, nn.Parameter):
         raise TypeError(
             f"RankAllocator: ranks of a {type(parameter).__name__} cannot be edited: sharded and "

@@ -13,6 +13,8 @@ import rasa_ext
 from rasa_ext import RankAllocator
 
 FIRST = "layers.0.attn.q_proj"
+SECOND = "layers.0.attn.v_proj"
+NAMES = [f"layers.{i}.{p}" for i in range(3) for p in ("attn.q_proj", "attn.v_proj", "down_proj")]
 
 
 class SignMomentum(Optimizer):
@@ -70,7 +72,7 @@ def allocation(
 
 def train_step(model: nn.Module, optimizer: Optimizer, step: int) -> Tensor:
     """One step on a batch that depends on the number of the step only."""
-    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step))
+    x = torch.randn(5, model.head.in_features, generator=torch.Generator().manual_seed(step))
     loss = (model(x) - x).square().mean()
     loss.backward()
     optimizer.step()
