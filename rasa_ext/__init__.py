@@ -10,6 +10,8 @@ load_extension()  # before the modules below: they use the ops it registers
 
 from rasa_ext._build_config import version as __version__  # noqa: E402
 from rasa_ext.boosting import BoostedUpdate  # noqa: E402
+from rasa_ext.export import export_to_lora  # noqa: E402
+from rasa_ext.foreign import import_lora, import_rasa  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
 from rasa_ext.ops import dropout_mask, grouped_gemm, rasa_add, rasa_linear  # noqa: E402
@@ -36,7 +38,10 @@ __all__ = [
     "apply",
     "build_info",
     "dropout_mask",
+    "export_to_lora",
     "grouped_gemm",
+    "import_lora",
+    "import_rasa",
     "load_adapter",
     "merge",
     "rank_report",

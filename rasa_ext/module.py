@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,22 +17,9 @@ from rasa_ext.base_layer import (
     is_transposed,
 )
 from rasa_ext.ops import rasa_add, rasa_linear
+from rasa_ext.update import delta_weight, init_gates, init_rank_weights, tensor_of
 
 _MAX_SEED = 2**63 - 1
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    """Return module.name; past nn.Module's attribute lookup, which costs as much as a small op."""
-    tensor = module._parameters.get(name)
-    # Elsewhere: a constant or gated d, and what FSDP1 or a parametrisation put in its place.
-    return getattr(module, name) if tensor is None else tensor
-
-
-def _init_rank_weights(A: Tensor, Bt: Tensor) -> None:
-    """Initialise A Kaiming-uniform(a=sqrt 5) and Bt zero, as the authors (and LoRA) do."""
-    if A.numel() > 0:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    nn.init.zeros_(Bt)
 
 
 class SharedPool(nn.Module):
@@ -79,7 +65,7 @@ class SharedPool(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw A_shared anew and set Bt_shared to zero."""
-        _init_rank_weights(self.A_shared, self.Bt_shared)
+        init_rank_weights(self.A_shared, self.Bt_shared)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""
@@ -181,6 +167,7 @@ class RaSALinear(nn.Module):
         if gates:
             self.c = nn.Parameter(torch.empty(Rs + Rp, **options))
             self.register_buffer("gate_scale", torch.empty(Rs + Rp, **options), persistent=False)
+            init_gates(self.gate_scale, Rp, self.alpha)
         elif pool is None:
             self.register_buffer("d", torch.empty(r, **options), persistent=False)
         else:
@@ -202,19 +189,16 @@ class RaSALinear(nn.Module):
                 f"({pool.in_features}, {pool.out_features}, {pool.k})"
             )
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw A anew, set Bt to zero and d to the authors' values (k = 0: alpha / r), c to 1.
+        """Draw A anew, set Bt to zero and d to the authors' values (k = 0: alpha / r), gates to 1.
 
-        Half of alpha goes to the shared ranks, half to the layer's own: 0.5*alpha/Rs, 0.5*alpha/Rp,
-        with the Rs and Rp that the layer was made with.
+        Half of alpha goes to the shared ranks, half to the layer's own: 0.5*alpha/Rs, 0.5*alpha/Rp.
         """
-        _init_rank_weights(self.A, self.Bt)
+        init_rank_weights(self.A, self.Bt)
         if self.gates:
-            self.c.fill_(1.0)
-            self.gate_scale.copy_(self._initial_d())
+            nn.init.ones_(self.c)
         else:
-            self.d.copy_(self._initial_d())
+            init_gates(self.d, self.r - self.k, self.alpha)
 
     @property
     def private_scale(self) -> float:
@@ -222,18 +206,10 @@ class RaSALinear(nn.Module):
         Rp = self.r - self.k
         return self.alpha / self.r if self.pool is None else 0.5 * self.alpha / max(Rp, 1)
 
-    def _initial_d(self) -> Tensor:
-        """Return what d starts with, for the ranks there are now."""
-        values = torch.full_like(self.c if self.gates else self.d, self.private_scale)
-        if self.pool is not None:
-            Rs = self.pool.k * self.pool.num_layers
-            values[: self.pool.Rs] = 0.5 * self.alpha / Rs
-        return values
-
     def __getattr__(self, name: str) -> Any:
         """Compute d of a gated layer, so that whoever reads d (merge, export) reads the scaled."""
         if name == "d" and self.__dict__.get("gates", False):
-            return self.gate_scale * _tensor(self, "c")
+            return self.gate_scale * tensor_of(self, "c")
         return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -260,12 +236,12 @@ class RaSALinear(nn.Module):
         if self.training and self.dropout > 0.0:
             # From torch's generator, so that manual_seed and checkpointing repeat the mask.
             p, seed = self.dropout, torch.randint(_MAX_SEED, (), device=x.device)
-        A, Bt, d = _tensor(self, "A"), _tensor(self, "Bt"), _tensor(self, "d")
+        A, Bt, d = tensor_of(self, "A"), tensor_of(self, "Bt"), tensor_of(self, "d")
         pool = self.pool
         if pool is None:
             A_shared, Bt_shared = self._no_A_shared, self._no_Bt_shared
         else:
-            A_shared, Bt_shared = _tensor(pool, "A_shared"), _tensor(pool, "Bt_shared")
+            A_shared, Bt_shared = tensor_of(pool, "A_shared"), tensor_of(pool, "Bt_shared")
         x2d = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         fused = fusible(base) if self._is_plain_linear else None
         if fused is not None:
@@ -301,12 +277,10 @@ class RaSALinear(nn.Module):
 
         Shape: (N, K), whatever the base layer's own layout. Differentiable.
         """
-        A, Bt, d = self.A, self.Bt, self.d
-        if self.pool is not None:
-            A, Bt = torch.cat([self.pool.A_shared, A]), torch.cat([self.pool.Bt_shared, Bt])
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        with torch.autocast(A.device.type, enabled=False):
-            return (Bt.to(dtype) * d.to(dtype)[:, None]).T @ A.to(dtype)
+        pool = self.pool
+        A_shared = self._no_A_shared if pool is None else pool.A_shared
+        Bt_shared = self._no_Bt_shared if pool is None else pool.Bt_shared
+        return delta_weight(self.A, A_shared, self.Bt, Bt_shared, self.d)
 
     def _with_delta(self, weight: Tensor) -> Tensor:
         """Return weight plus the update in weight's layout, rounded once to weight's dtype."""

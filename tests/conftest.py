@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -33,3 +33,10 @@ def micro_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     rasa_ext._C.set_portable(request.param == "portable")
     yield request.param
     rasa_ext._C.set_portable(False)
+
+
+@pytest.fixture
+def cpu_launcher() -> Iterator[Callable[[str], None]]:
+    """Sets what runs the CPU's programs (csrc/cpu/launch.h) for one test."""
+    yield rasa_ext._C.set_cpu_launcher
+    rasa_ext._C.set_cpu_launcher("tiles")
