@@ -14,10 +14,17 @@ from rasa_ext.export import export_to_lora  # noqa: E402
 from rasa_ext.foreign import import_lora, import_rasa  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
-from rasa_ext.ops import dropout_mask, grouped_gemm, rasa_add, rasa_linear  # noqa: E402
+from rasa_ext.ops import (  # noqa: E402
+    dropout_mask,
+    grouped_gemm,
+    rasa_add,
+    rasa_linear,
+    rasa_linears,
+)
 from rasa_ext.rank_allocator import RankAllocator  # noqa: E402
 from rasa_ext.rank_report import rank_report, save_rank_report  # noqa: E402
 from rasa_ext.sensitivity import allocate_ranks, sensitivity_scores  # noqa: E402
+from rasa_ext.siblings import link_siblings  # noqa: E402
 from rasa_ext.weights import (  # noqa: E402
     adapter_state_dict,
     load_adapter,
@@ -42,11 +49,13 @@ __all__ = [
     "grouped_gemm",
     "import_lora",
     "import_rasa",
+    "link_siblings",
     "load_adapter",
     "merge",
     "rank_report",
     "rasa_add",
     "rasa_linear",
+    "rasa_linears",
     "save_adapter",
     "save_rank_report",
     "sensitivity_scores",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rasa_ext.base_layer import adapter_dtype, check_config, device_of, features
 from rasa_ext.module import RaSALinear, SharedPool
 from rasa_ext.rank_edits import resize
+from rasa_ext.siblings import link_all
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -87,6 +88,7 @@ class Config:
     target_modules: tuple[str, ...]
     dropout: float
     dtype: torch.dtype | None = None
+    siblings: bool = True
     gates: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     # Where a RankAllocator has changed them: ranks by layer and by group.
@@ -143,6 +145,7 @@ def apply(
     gates: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     dtype: torch.dtype | None = None,
+    siblings: bool = True,
 ) -> Summary:
     """Replace the named linear layers by RaSALinear, freeze all else, and say what was made.
 
@@ -154,6 +157,9 @@ def apply(
     stands for its last part. k = 0 is plain LoRA (no pools, d = alpha / r), k = r shares all.
     Adapters are float32 under float16 and bfloat16 weights and take the weight's dtype otherwise,
     unless `dtype` says which; they lie on their base layer's device.
+    q_proj, k_proj and v_proj of one parent, and gate_proj and up_proj, are linked as siblings:
+    called in turn with the same tensor they are computed by one op and share one dropout mask (see
+    link_siblings, which links others). siblings=False leaves every layer on its own.
 
     gates=True trains d as alpha / r (with pools, the values of RaSALinear) times gates c that start
     at 1, for a RankAllocator. rank_pattern gives layers another r, and so another alpha / r, by
@@ -167,7 +173,7 @@ def apply(
     not linear-like. The model is then as it was.
     """
     targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    config = Config(r, k, alpha, targets, dropout, dtype, gates, dict(rank_pattern or {}))
+    config = Config(r, k, alpha, targets, dropout, dtype, siblings, gates, dict(rank_pattern or {}))
     root = unwrapped(model)
     return inject(root, plan(root, config), config)
 
@@ -196,6 +202,8 @@ def inject(root: nn.Module, groups: list[Group], config: Config) -> Summary:
             setattr(root.get_submodule(parent), leaf, layer)
     if len(pools) > 0:
         root.rasa_pools = nn.ModuleDict(pools)
+    if config.siblings:
+        link_all(root)
     return summarize(root)
 
 

@@ -227,6 +227,7 @@ def _config_json(root: nn.Module) -> str:
     # What is as in apply() by default is left out: versions that do not know it read the file.
     optional = ("gates", "rank_pattern", "private_ranks", "shared_ranks")
     content = {key: v for key, v in asdict(config).items() if v or key not in optional}
+    del content["siblings"]  # how outputs are computed, not what they are
     return json.dumps(content | {"dtype": dtype})
 
 
@@ -274,4 +275,16 @@ def _parse_config(path: str | os.PathLike[str], text: str) -> Config:
         raise ValueError(
             f"load_adapter: {path} has no usable config in its metadata: {error!r}"
         ) from error
-    return Config(config["r"], config["k"], alpha, targets, dropout, dtype, gates, *ranks)
+    r, k = config["r"], config["k"]
+    return Config(
+        r,
+        k,
+        alpha,
+        targets,
+        dropout,
+        dtype,
+        gates=gates,
+        rank_pattern=ranks[0],
+        private_ranks=ranks[1],
+        shared_ranks=ranks[2],
+    )

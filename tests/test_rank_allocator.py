@@ -21,14 +21,12 @@ from allocators import (
     trained_parameters,
 )
 from models import LAYER, POOL, PROJECTIONS, TinyModel, plain, randomize_adapters
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rasa_ext import (
     RankAllocator,
     apply,
-    export_to_lora,
     load_adapter,
     merge,
     save_adapter,
@@ -353,22 +351,3 @@ def test_a_thousand_updates_leave_no_memory_behind() -> None:
     assert len(allocator.history) > 200
     assert sizes[1] - sizes[0] <= 9 * bytes_of_a_rank
     assert len(optimizer.state) == len(trained_parameters(model))
-
-
-def test_ragged_adapters_are_exported_to_lora_padded_to_one_rank(tmp_path) -> None:
-    model, optimizer, allocator = allocation(k=1, **SETTINGS)
-    for step in range(16):
-        train_step(model, optimizer, step)
-        allocator.step()
-
-    export_to_lora(model, tmp_path / "lora")
-
-    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    layers = layers_of(model)
-    assert len({layer.c.numel() for layer in layers.values()}) > 2
-    assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {
-        max(layer.c.numel() for layer in layers.values())
-    }
-    for name, layer in layers.items():
-        A, B = (tensors[f"base_model.model.{name}.lora_{m}.weight"] for m in "AB")
-        torch.testing.assert_close(B @ A, layer.delta_weight().detach(), rtol=1e-5, atol=1e-6)
