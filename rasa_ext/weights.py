@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rasa_ext.injection import (
     Summary,
     adapted_layers,
     clean_name,
+    group_names,
     inject,
     plan,
     summarize,
@@ -36,8 +38,9 @@ FORMAT_VERSION = "1"
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained tensors by their names in state_dict(), each pool once.
 
-    Detached views of the parameters: A, Bt and (k > 0) d of each layer, A_shared and Bt_shared of
-    each pool. Of a model that FSDP2 has sharded, whole copies: every process must call this.
+    Detached views of the parameters: A, Bt and (gates) c or else (k > 0) d of each layer, A_shared
+    and Bt_shared of each pool. Of a model that FSDP2 has sharded, whole copies: every process must
+    call this.
 
     Raises ValueError if the model has no adapters, if a layer's pool belongs to no module of the
     model, or if a tensor has not its full shape.
@@ -70,7 +73,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model that FSDP2 has sharded, every process must call this, and rank 0 writes.
 
     Raises ValueError for NaN or inf (load_adapter would refuse the file) and for layers that differ
-    in r, k, alpha or dropout, OSError if it cannot be written.
+    in k, alpha, dropout or gates, OSError if it cannot be written.
     """
     root = unwrapped(model)
     tensors = adapter_state_dict(root)
@@ -194,22 +197,46 @@ def _check_layers(layers: dict[str, RaSALinear], config: Config) -> None:
                 f"load_adapter: alpha must be {layer.alpha:g} as in {name}, got {config.alpha:g}; "
                 "with k = 0 it is no trained weight"
             )
+        # Neither shape tells what a gate is multiplied with.
+        mine = (layer.gates, layer.r, layer.alpha)
+        files = (config.gates, config.r_of(name), config.alpha)
+        if (layer.gates or config.gates) and mine != files:
+            raise ValueError(
+                f"load_adapter: (gates, r, alpha) must be {mine} as in {name}, got {files}"
+            )
 
 
 def _config_json(root: nn.Module) -> str:
     """Return the apply() arguments that put the model's adapters into a plain model."""
     layers = adapted_layers(root)
-    configs = {(layer.r, layer.k, layer.alpha, layer.dropout) for layer in layers.values()}
+    configs = {(layer.k, layer.alpha, layer.dropout, layer.gates) for layer in layers.values()}
     if len(configs) > 1:
         raise ValueError(
-            "save_adapter: the layers must have one (r, k, alpha, dropout), got "
+            "save_adapter: the layers must have one (k, alpha, dropout, gates), got "
             f"{', '.join(map(str, sorted(configs)))}. Save adapter_state_dict(model) instead"
         )
-    r, k, alpha, dropout = configs.pop()
+    k, alpha, dropout, gates = configs.pop()
     dtypes = {layer.A.dtype for layer in layers.values()}
     dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
-    config = Config(r, k, alpha, target_names(root, layers), dropout)
-    return json.dumps(asdict(config) | {"dtype": dtype})
+    r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
+    groups = group_names(layers)
+    pools = {groups[n]: x.pool for n, x in layers.items() if x.pool is not None}
+    config = Config(
+        r,
+        k,
+        alpha,
+        target_names(root, layers),
+        dropout,
+        gates=gates,
+        rank_pattern={n: x.r for n, x in layers.items() if x.r != r},
+        private_ranks={n: x.Rp for n, x in layers.items() if x.Rp != x.r - x.k},
+        shared_ranks={n: x.Rs for n, x in pools.items() if x.Rs != x.k * x.num_layers},
+    )
+    # What is as in apply() by default is left out: versions that do not know it read the file.
+    optional = ("gates", "rank_pattern", "private_ranks", "shared_ranks")
+    content = {key: v for key, v in asdict(config).items() if v or key not in optional}
+    del content["siblings"]  # how outputs are computed, not what they are
+    return json.dumps(content | {"dtype": dtype})
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
@@ -241,10 +268,31 @@ def _parse_config(path: str | os.PathLike[str], text: str) -> Config:
         targets = tuple(map(str, config["target_modules"]))
         alpha, dropout = float(config["alpha"]), float(config["dropout"])
         check_config("config", config["r"], config["k"], alpha, dropout)
+        gates = bool(config.get("gates", False))
+        ranks = [
+            {str(name): int(rank) for name, rank in config.get(key, {}).items()}
+            for key in ("rank_pattern", "private_ranks", "shared_ranks")
+        ]
+        if any(rank < 0 for pattern in ranks for rank in pattern.values()):
+            raise ValueError(f"ranks must be at least 0, got {ranks}")
+        if not gates and (ranks[1] or ranks[2]):
+            raise ValueError("private_ranks and shared_ranks must come with gates")
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be a torch dtype, got {config['dtype']!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"load_adapter: {path} has no usable config in its metadata: {error!r}"
         ) from error
-    return Config(config["r"], config["k"], alpha, targets, dropout, dtype)
+    r, k = config["r"], config["k"]
+    return Config(
+        r,
+        k,
+        alpha,
+        targets,
+        dropout,
+        dtype,
+        gates=gates,
+        rank_pattern=ranks[0],
+        private_ranks=ranks[1],
+        shared_ranks=ranks[2],
+    )
