@@ -12,8 +12,16 @@ from rasa_ext._build_config import version as __version__  # noqa: E402
 from rasa_ext.export import export_to_lora  # noqa: E402
 from rasa_ext.foreign import import_lora, import_rasa  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
+from rasa_ext.mixed_batch import mixed_add  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
-from rasa_ext.ops import dropout_mask, grouped_gemm, rasa_add, rasa_linear  # noqa: E402
+from rasa_ext.ops import (  # noqa: E402
+    dropout_mask,
+    grouped_gemm,
+    rasa_add,
+    rasa_linear,
+    rasa_linears,
+)
+from rasa_ext.siblings import link_siblings  # noqa: E402
 from rasa_ext.weights import (  # noqa: E402
     adapter_state_dict,
     load_adapter,
@@ -35,10 +43,13 @@ __all__ = [
     "grouped_gemm",
     "import_lora",
     "import_rasa",
+    "link_siblings",
     "load_adapter",
     "merge",
+    "mixed_add",
     "rasa_add",
     "rasa_linear",
+    "rasa_linears",
     "save_adapter",
     "unmerge",
 ]

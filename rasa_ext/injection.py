@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rasa_ext.base_layer import adapter_dtype, check_config, device_of, features
 from rasa_ext.module import RaSALinear, SharedPool
+from rasa_ext.sharding import refuse_partitioned
+from rasa_ext.siblings import link_all
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# What torch.compile puts into the names of a module it wraps.
-_COMPILED = "_orig_mod."
+# What torch.compile, FSDP1 and torch's checkpoint_wrapper put into the names of a module they wrap.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Config:
     target_modules: tuple[str, ...]
     dropout: float
     dtype: torch.dtype | None = None
+    siblings: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,20 @@ class Group:
 
 
 def clean_name(name: str) -> str:
-    """Return a module or parameter name without what torch.compile adds to it."""
-    return name.replace(_COMPILED, "")
+    """Return a module or parameter name without what wrappers add to it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module that torch.compile wrapped, or the model itself."""
-    return getattr(model, _COMPILED.rstrip("."), model)
+    """Return the module that torch.compile or DDP wrapped, or the model itself."""
+    while True:
+        inner = getattr(model, "_orig_mod", model)
+        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner
+        if inner is model:
+            return model
+        model = inner
 
 
 def adapted_layers(model: nn.Module) -> dict[str, RaSALinear]:
@@ -110,6 +121,7 @@ def apply(
     dropout: float = 0.0,
     *,
     dtype: torch.dtype | None = None,
+    siblings: bool = True,
 ) -> Summary:
     """Replace the named linear layers by RaSALinear, freeze all else, and say what was made.
 
@@ -121,16 +133,20 @@ def apply(
     stands for its last part. k = 0 is plain LoRA (no pools, d = alpha / r), k = r shares all.
     Adapters are float32 under float16 and bfloat16 weights and take the weight's dtype otherwise,
     unless `dtype` says which; they lie on their base layer's device.
+    q_proj, k_proj and v_proj of one parent, and gate_proj and up_proj, are linked as siblings:
+    called in turn with the same tensor they are computed by one op and share one dropout mask (see
+    link_siblings, which links others). siblings=False leaves every layer on its own.
 
     Semantics: the model computes what it did before, since Bt and Bt_shared start at zero.
 
     Raises ValueError for r, k, alpha, dropout or dtype out of range, for a target that does not
     occur, for a weight tied to another module's, for a module that has two names while k > 0, for
-    a group on several devices, and for a model that has adapters; TypeError for a target that is
+    a group on several devices, for a model that has adapters, and for one that ZeRO-3 or FSDP2
+    has taken apart already; TypeError for a target that is
     not linear-like. The model is then as it was.
     """
     targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    config = Config(r, k, alpha, targets, dropout, dtype)
+    config = Config(r, k, alpha, targets, dropout, dtype, siblings)
     root = unwrapped(model)
     return inject(root, plan(root, config), config)
 
@@ -154,6 +170,8 @@ def inject(root: nn.Module, groups: list[Group], config: Config) -> Summary:
             setattr(root.get_submodule(parent), leaf, layer)
     if len(pools) > 0:
         root.rasa_pools = pools
+    if config.siblings:
+        link_all(root)
     return summarize(root)
 
 
@@ -202,6 +220,7 @@ def _count(tensors: Iterable[Tensor]) -> int:
 def plan(root: nn.Module, config: Config) -> list[Group]:
     """Check everything apply() could fail on and return the groups. Changes nothing."""
     check_config("apply", config.r, config.k, config.alpha, config.dropout)
+    refuse_partitioned("apply", root)
     adapted = next(iter(adapted_layers(root)), None)
     if adapted is not None or hasattr(root, "rasa_pools"):
         where = f"{adapted} is a RaSALinear" if adapted is not None else "it has rasa_pools"
@@ -257,11 +276,11 @@ def match(root: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if name in matched}
 
 
-def target_names(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+def target_names(root: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
     """Return the last parts of the layers' names, or, where others have them too, whole names."""
     leaves = {name.rpartition(".")[2] for name in layers}
     named = {clean_name(name) for name, _ in root.named_modules()}
-    if {name for name in named if name.rpartition(".")[2] in leaves} == layers.keys():
+    if {name for name in named if name.rpartition(".")[2] in leaves} == set(layers):
         return tuple(sorted(leaves))
     return tuple(layers)
 

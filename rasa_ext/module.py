@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,27 @@ from rasa_ext.base_layer import (
     features,
     fusible,
     is_transposed,
+    must_be_called,
 )
 from rasa_ext.ops import rasa_add, rasa_linear
 from rasa_ext.update import delta_weight, init_gates, init_rank_weights, tensor_of
 
+if TYPE_CHECKING:
+    from rasa_ext.siblings import SiblingGroup
+
 _MAX_SEED = 2**63 - 1
+
+
+class Operands(NamedTuple):
+    """What the fused op takes of a layer."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    A_shared: Tensor
+    Bt: Tensor
+    Bt_shared: Tensor
+    d: Tensor
 
 
 class SharedPool(nn.Module):
@@ -86,6 +102,8 @@ class RaSALinear(nn.Module):
     ranks first, where Rp = r - k and Rs = k * pool.num_layers. k = 0 is plain LoRA: pool is None
     and d = alpha / r is a constant. k = r has no ranks of its own.
     Saved for backward: x and the (M, R) product with A_all; the dropout mask is drawn again.
+    Layers that link_siblings() or apply() linked share the op and the mask when they are called in
+    turn with the same x.
 
     `base_layer` is any linear-like module and is frozen. An nn.Linear is computed by one fused op
     unless it trains or carries hooks; any other base is called, and the update added to its
@@ -106,6 +124,8 @@ class RaSALinear(nn.Module):
     base_layer: nn.Module
     original_weight: Tensor | None
     merged: bool
+    # The layers that are fed the same tensor (siblings.py).
+    siblings: SiblingGroup | None = None
 
     def __init__(
         self,
@@ -187,7 +207,7 @@ class RaSALinear(nn.Module):
         """Return base_layer(x) plus the update; see the class for the formula.
 
         Raises ValueError unless the last size of x is in_features, RuntimeError when called in
-        training mode while merged.
+        training mode while merged or while the pool's tensors are not gathered.
         """
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -203,24 +223,63 @@ class RaSALinear(nn.Module):
                     "gradient. Call unmerge(), or eval() to run the merged layer"
                 )
             return base(x)  # type: ignore[no-any-return]
-        p, seed = 0.0, None
-        if self.training and self.dropout > 0.0:
-            # From torch's generator, so that manual_seed and checkpointing repeat the mask.
-            p, seed = self.dropout, torch.randint(_MAX_SEED, (), device=x.device)
+        if self.siblings is not None and not torch.compiler.is_compiling():
+            y = self.siblings.forward(self, x)
+        else:
+            p = self.drop_rate
+            y = self.compute(x, p, self.draw_seed(x, p))
+        return y if x.dim() == 2 else y.reshape(x.shape[:-1] + (self.out_features,))
+
+    @property
+    def drop_rate(self) -> float:
+        """The dropout that acts now."""
+        return self.dropout if self.training else 0.0
+
+    def draw_seed(self, x: Tensor, p: float) -> Tensor | None:
+        """Return a seed from torch's generator, so that manual_seed and checkpointing repeat it."""
+        return torch.randint(_MAX_SEED, (), device=x.device) if p > 0.0 else None
+
+    def _adapter(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return A, A_shared, Bt, Bt_shared, d."""
         A, Bt, d = tensor_of(self, "A"), tensor_of(self, "Bt"), tensor_of(self, "d")
         pool = self.pool
         if pool is None:
-            A_shared, Bt_shared = self._no_A_shared, self._no_Bt_shared
-        else:
-            A_shared, Bt_shared = tensor_of(pool, "A_shared"), tensor_of(pool, "Bt_shared")
-        x2d = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+            return A, self._no_A_shared, Bt, self._no_Bt_shared, d
+        A_shared, Bt_shared = tensor_of(pool, "A_shared"), tensor_of(pool, "Bt_shared")
+        if A_shared.dim() != 2:
+            raise RuntimeError(
+                "RaSALinear: the pool's A_shared must be (Rs, K) while a layer runs, got "
+                f"{list(A_shared.shape)}. DeepSpeed ZeRO-3 gathers a module's own parameters "
+                "only: use ZeRO-2, or FSDP with the pools in the root's unit"
+            )
+        return A, A_shared, Bt, Bt_shared, d
+
+    def compute(self, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+        """Return the output for x as a matrix, with the mask of this seed."""
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        base: Any = self._modules["base_layer"]
         fused = fusible(base) if self._is_plain_linear else None
         if fused is not None:
-            y = rasa_linear(x2d, *fused, A, A_shared, Bt, Bt_shared, d, p, seed)
-        else:
-            y = base(x).reshape(-1, self.out_features)
-            y = rasa_add(x2d, y, A, A_shared, Bt, Bt_shared, d, p, seed)
-        return y if x.dim() == 2 else y.reshape(x.shape[:-1] + (self.out_features,))
+            return rasa_linear(rows, *fused, *self._adapter(), p, seed)
+        y = base(x).reshape(-1, self.out_features)
+        return rasa_add(rows, y, *self._adapter(), p, seed)
+
+    def operands(self) -> Operands | None:
+        """Return the tensors with which an op can compute this layer in its caller's place.
+
+        None if it cannot: merged, a base that must be called, or hooks, which only a call runs.
+        """
+        if self.merged or not self._is_plain_linear or type(self) is not RaSALinear:
+            return None
+        base: Any = self._modules["base_layer"]
+        fused = None if must_be_called(self) else fusible(base)
+        return None if fused is None else Operands(*fused, *self._adapter())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled layer, which joins the copy of its siblings' group."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.siblings is not None:
+            self.siblings.join(self)
 
     @property
     def weight(self) -> Tensor:

@@ -10,7 +10,7 @@
 namespace rasa::cuda {
 namespace {
 
-using Kernel = void (*)(KernelArgs);
+using Kernel = const void*;  // kernels declare argument blocks of different sizes
 
 struct ConfigKernels {
   Kernel plain, with_dropout;  // nullptr: there is none
@@ -20,25 +20,31 @@ struct KernelTable {
   ConfigKernels configs[kNumEntries];
 };
 
+template <class Args>
+Kernel address(void (*kernel)(Args)) {
+  return reinterpret_cast<Kernel>(kernel);
+}
+
 template <class Element, ConfigId kId>
-constexpr ConfigKernels config_kernels() {
+ConfigKernels config_kernels() {
   if constexpr (kId == ConfigId::kReduce) {
-    return {reduce_partials<Element>, nullptr};
+    return {address(reduce_partials<Element>), nullptr};
   } else if constexpr (has_dropout_kernel(kId)) {
-    return {grouped_gemm_sm80<kId, Element, false>, grouped_gemm_sm80<kId, Element, true>};
+    return {address(grouped_gemm_sm80<kId, Element, false>),
+            address(grouped_gemm_sm80<kId, Element, true>)};
   } else {
-    return {grouped_gemm_sm80<kId, Element, false>, nullptr};
+    return {address(grouped_gemm_sm80<kId, Element, false>), nullptr};
   }
 }
 
 template <class Element, int... kIds>
-constexpr KernelTable kernel_table(std::integer_sequence<int, kIds...>) {
+KernelTable kernel_table(std::integer_sequence<int, kIds...>) {
   return {{config_kernels<Element, static_cast<ConfigId>(kIds)>()...}};
 }
 
 constexpr auto kAllConfigs = std::make_integer_sequence<int, kNumEntries>();
-constexpr KernelTable kBFloat16Kernels = kernel_table<__nv_bfloat16>(kAllConfigs);
-constexpr KernelTable kHalfKernels = kernel_table<__half>(kAllConfigs);
+const KernelTable kBFloat16Kernels = kernel_table<__nv_bfloat16>(kAllConfigs);
+const KernelTable kHalfKernels = kernel_table<__half>(kAllConfigs);
 
 // Lets the kernel have its dynamic shared memory, once per device. Two threads may both do it.
 cudaError_t allow_shared_memory(Kernel kernel, const Launch& launch, int device) {
@@ -48,8 +54,7 @@ cudaError_t allow_shared_memory(Kernel kernel, const Launch& launch, int device)
                                        [static_cast<int>(launch.config)][launch.has_dropout];
   if (bytes.load(std::memory_order_relaxed) >= launch.smem_bytes) return cudaSuccess;
   const cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, launch.smem_bytes);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.smem_bytes);
   if (error == cudaSuccess) bytes.store(launch.smem_bytes, std::memory_order_relaxed);
   return error;
 }
@@ -63,9 +68,9 @@ cudaError_t launch(const Launch& launch, int device, cudaStream_t stream) {
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
   cudaError_t error = allow_shared_memory(kernel, launch, device);
   if (error == cudaSuccess) {
-    void* arguments[] = {const_cast<KernelArgs*>(&launch.args)};
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(launch.grid),
-                             dim3(launch.threads), arguments, launch.smem_bytes, stream);
+    void* arguments[] = {const_cast<void*>(static_cast<const void*>(&launch.args))};
+    error = cudaLaunchKernel(kernel, dim3(launch.grid), dim3(launch.threads), arguments,
+                             launch.smem_bytes, stream);
   }
   const cudaError_t last = cudaGetLastError();  // and clears it: it is reported here
   return error == cudaSuccess ? last : error;
