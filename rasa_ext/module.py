@@ -73,7 +73,8 @@ class SharedPool(nn.Module):
                 raise ValueError(f"SharedPool: {name} must be an integer of at least 1, got {size}")
         self.in_features, self.out_features = in_features, out_features
         self.k, self.num_layers = k, num_layers
-        Rs = k * num_layers
+        # What the pool holds now; a RankAllocator frees ranks that no layer uses.
+        self.Rs = Rs = k * num_layers
         self.A_shared = nn.Parameter(torch.empty(Rs, in_features, dtype=dtype, device=device))
         self.Bt_shared = nn.Parameter(torch.empty(Rs, out_features, dtype=dtype, device=device))
         self.reset_parameters()
@@ -87,6 +88,7 @@ class SharedPool(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"k={self.k}, num_layers={self.num_layers}"
+            + (f", Rs={self.Rs}" if self.Rs != self.k * self.num_layers else "")
         )
 
 
@@ -101,7 +103,11 @@ class RaSALinear(nn.Module):
     Shapes: x (..., K) -> (..., N), 1-D to 4-D; A (Rp, K), Bt (Rp, N), d (Rs + Rp) with the shared
     ranks first, where Rp = r - k and Rs = k * pool.num_layers. k = 0 is plain LoRA: pool is None
     and d = alpha / r is a constant. k = r has no ranks of its own.
+    gates=True trains c (Rs + Rp) instead, with d = gate_scale * c; c starts at 1. A RankAllocator
+    keeps c in [0, 1] and moves ranks: Rp and pool.Rs are of now, r and k of the beginning.
     Saved for backward: x and the (M, R) product with A_all; the dropout mask is drawn again.
+    Layers that link_siblings() or apply() linked share the op and the mask when they are called in
+    turn with the same x.
 
     `base_layer` is any linear-like module and is frozen. An nn.Linear is computed by one fused op
     unless it trains or carries hooks; any other base is called, and the update added to its
@@ -116,6 +122,8 @@ class RaSALinear(nn.Module):
     A: Tensor
     Bt: Tensor
     d: Tensor
+    c: Tensor
+    gate_scale: Tensor
     pool: SharedPool | None
     _no_A_shared: Tensor
     _no_Bt_shared: Tensor
@@ -134,6 +142,7 @@ class RaSALinear(nn.Module):
         alpha: float,
         dropout: float = 0.0,
         *,
+        gates: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         """Wrap base_layer; the adapter takes the pool's dtype and base_layer's device."""
@@ -157,6 +166,7 @@ class RaSALinear(nn.Module):
         options: dict[str, Any] = {"dtype": dtype, "device": device_of(base_layer)}
         self.in_features, self.out_features = K, N
         self.r, self.k, self.alpha, self.dropout = r, k, float(alpha), float(dropout)
+        self.Rp, self.gates = r - k, gates
         self.merged = False
         # Not registered: L aliases of the pool in state_dict() would be L copies on disk, and
         # FSDP could not shard it. A module, not its tensors, so that load_state_dict(assign=True)
@@ -166,14 +176,19 @@ class RaSALinear(nn.Module):
         # Exactly nn.Linear: subclasses may store another weight or compute something else.
         self._is_plain_linear = type(base_layer) is nn.Linear
 
-        Rp, Rs = r - k, 0 if pool is None else pool.k * pool.num_layers
+        Rp, Rs = r - k, 0 if pool is None else pool.Rs
         self.A = nn.Parameter(torch.empty(Rp, K, **options))
         self.Bt = nn.Parameter(torch.empty(Rp, N, **options))
         if pool is None:
             # Constants of plain LoRA: not trained, so not in state_dict() either.
-            self.register_buffer("d", torch.empty(r, **options), persistent=False)
             self.register_buffer("_no_A_shared", torch.empty(0, K, **options), persistent=False)
             self.register_buffer("_no_Bt_shared", torch.empty(0, N, **options), persistent=False)
+        if gates:
+            self.c = nn.Parameter(torch.empty(Rs + Rp, **options))
+            self.register_buffer("gate_scale", torch.empty(Rs + Rp, **options), persistent=False)
+            init_gates(self.gate_scale, Rp, self.alpha)
+        elif pool is None:
+            self.register_buffer("d", torch.empty(r, **options), persistent=False)
         else:
             self.d = nn.Parameter(torch.empty(Rs + Rp, **options))
         # A buffer, so that .to() moves it with the weight; set while merged only.
@@ -194,18 +209,33 @@ class RaSALinear(nn.Module):
             )
 
     def reset_parameters(self) -> None:
-        """Draw A anew, set Bt to zero and d to the authors' values (k = 0: alpha / r).
+        """Draw A anew, set Bt to zero and d to the authors' values (k = 0: alpha / r), gates to 1.
 
         Half of alpha goes to the shared ranks, half to the layer's own: 0.5*alpha/Rs, 0.5*alpha/Rp.
         """
         init_rank_weights(self.A, self.Bt)
-        init_gates(self.d, self.r - self.k, self.alpha)
+        if self.gates:
+            nn.init.ones_(self.c)
+        else:
+            init_gates(self.d, self.r - self.k, self.alpha)
+
+    @property
+    def private_scale(self) -> float:
+        """What d of a rank of the layer's own starts with."""
+        Rp = self.r - self.k
+        return self.alpha / self.r if self.pool is None else 0.5 * self.alpha / max(Rp, 1)
+
+    def __getattr__(self, name: str) -> Any:
+        """Compute d of a gated layer, so that whoever reads d (merge, export) reads the scaled."""
+        if name == "d" and self.__dict__.get("gates", False):
+            return self.gate_scale * tensor_of(self, "c")
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return base_layer(x) plus the update; see the class for the formula.
 
         Raises ValueError unless the last size of x is in_features, RuntimeError when called in
-        training mode while merged.
+        training mode while merged or while the pool's tensors are not gathered.
         """
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -237,13 +267,21 @@ class RaSALinear(nn.Module):
         """Return a seed from torch's generator, so that manual_seed and checkpointing repeat it."""
         return torch.randint(_MAX_SEED, (), device=x.device) if p > 0.0 else None
 
-    def _adapter(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return A, A_shared, Bt, Bt_shared, d."""
-        A, Bt, d = tensor_of(self, "A"), tensor_of(self, "Bt"), tensor_of(self, "d")
+    def _adapter(self, stored: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return A, A_shared, Bt, Bt_shared, and d, or (stored) the c that d is computed from."""
+        d = tensor_of(self, "c" if stored and self.gates else "d")
+        A, Bt = tensor_of(self, "A"), tensor_of(self, "Bt")
         pool = self.pool
         if pool is None:
             return A, self._no_A_shared, Bt, self._no_Bt_shared, d
-        return A, tensor_of(pool, "A_shared"), Bt, tensor_of(pool, "Bt_shared"), d
+        A_shared, Bt_shared = tensor_of(pool, "A_shared"), tensor_of(pool, "Bt_shared")
+        if A_shared.dim() != 2:
+            raise RuntimeError(
+                "RaSALinear: the pool's A_shared must be (Rs, K) while a layer runs, got "
+                f"{list(A_shared.shape)}. DeepSpeed ZeRO-3 gathers a module's own parameters "
+                "only: use ZeRO-2, or FSDP with the pools in the root's unit"
+            )
+        return A, A_shared, Bt, Bt_shared, d
 
     def compute(self, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         """Return the output for x as a matrix, with the mask of this seed."""
@@ -255,19 +293,21 @@ class RaSALinear(nn.Module):
         y = base(x).reshape(-1, self.out_features)
         return rasa_add(rows, y, *self._adapter(), p, seed)
 
-    def operands(self) -> Operands | None:
+    def operands(self, *, stored: bool = False) -> Operands | None:
         """Return the tensors with which an op can compute this layer in its caller's place.
 
+        stored: with the c of a gated layer, which stays the same object, for the d made of it.
         None if it cannot: merged, a base that must be called, or hooks, which only a call runs.
         """
         if self.merged or not self._is_plain_linear or type(self) is not RaSALinear:
             return None
-        fused = None if must_be_called(self) else fusible(self._modules["base_layer"])
-        return None if fused is None else Operands(*fused, *self._adapter())
+        base: Any = self._modules["base_layer"]
+        fused = None if must_be_called(self) else fusible(base)
+        return None if fused is None else Operands(*fused, *self._adapter(stored))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled layer, which joins the copy of its siblings' group."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.siblings is not None:
             self.siblings.join(self)
 
@@ -365,5 +405,6 @@ class RaSALinear(nn.Module):
         """Return the configuration."""
         return (
             f"r={self.r}, k={self.k}, alpha={self.alpha:g}, dropout={self.dropout:g}, "
-            f"R={self.d.numel()}, merged={self.merged}"
+            f"R={(0 if self.pool is None else self.pool.Rs) + self.Rp}, merged={self.merged}"
+            + (", gates=True" if self.gates else "")
         )

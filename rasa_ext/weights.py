@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rasa_ext.injection import (
     Summary,
     adapted_layers,
     clean_name,
+    group_names,
     inject,
     plan,
     summarize,
@@ -27,6 +29,7 @@ from rasa_ext.injection import (
     unwrapped,
 )
 from rasa_ext.module import RaSALinear, SharedPool
+from rasa_ext.sharding import assign, whole, writes_files
 from rasa_ext.storage import replace_file
 
 FORMAT_VERSION = "1"
@@ -35,9 +38,12 @@ FORMAT_VERSION = "1"
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained tensors by their names in state_dict(), each pool once.
 
-    Detached views of the parameters: A, Bt and (k > 0) d of each layer, A_shared and Bt_shared of
-    each pool. Raises ValueError if the model has no adapters, if a layer's pool belongs to no
-    module of the model, or if a tensor has not its full shape.
+    Detached views of the parameters: A, Bt and (gates) c or else (k > 0) d of each layer, A_shared
+    and Bt_shared of each pool. Of a model that FSDP2 has sharded, whole copies: every process must
+    call this.
+
+    Raises ValueError if the model has no adapters, if a layer's pool belongs to no module of the
+    model, or if a tensor has not its full shape.
     """
     root = unwrapped(model)
     layers = _layers("adapter_state_dict", root)
@@ -56,17 +62,18 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 f"adapter_state_dict: {key} must be {symbols} = {shape}, got {got}. Gather sharded "
                 "parameters first"
             )
-    return {key: parameter.detach() for key, parameter in parameters.items()}
+    return {key: whole(parameter.detach()) for key, parameter in parameters.items()}
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write adapter_state_dict(model) and apply()'s arguments to one safetensors file.
 
     The file is written under another name in the same folder, flushed to disk and then renamed:
-    whatever interrupts it, `path` holds either the previous adapter or the new one, whole.
+    whatever interrupts it, `path` holds either the previous adapter or the new one, whole. Of a
+    model that FSDP2 has sharded, every process must call this, and rank 0 writes.
 
     Raises ValueError for NaN or inf (load_adapter would refuse the file) and for layers that differ
-    in r, k, alpha or dropout, OSError if it cannot be written.
+    in k, alpha, dropout or gates, OSError if it cannot be written.
     """
     root = unwrapped(model)
     tensors = adapter_state_dict(root)
@@ -79,6 +86,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise IsADirectoryError(f"save_adapter: {path} is a folder; name a file in it")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"save_adapter: the folder of {path} does not exist")
+    if not writes_files(root):
+        return
     try:
         # Copies: safetensors refuses views of one storage, which flattened parameters are.
         copies = {key: t.to("cpu", copy=True).contiguous() for key, t in tensors.items()}
@@ -94,7 +103,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Summary:
 
     A plain model gets the adapters of the file by apply() first. Everything is checked before the
     first write: format, every name, shape, dtype and value. A refused file leaves the model as it
-    was, to the bit. The dropout of adapters that exist already stays.
+    was, to the bit. The dropout of adapters that exist already stays. Adapters that FSDP2 has
+    sharded are loaded by every process together.
 
     Raises FileNotFoundError or IsADirectoryError if there is no file, RuntimeError if a layer is
     merged, and ValueError, naming the tensor with its expected and actual shape, if the file is
@@ -116,7 +126,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Summary:
         inject(root, groups, config)
     with torch.no_grad():
         for key, parameter in _parameters(root).items():
-            parameter.copy_(tensors[key])
+            assign(parameter, tensors[key])
     for layer in layers.values():
         layer.alpha = config.alpha
     return summarize(root)
@@ -187,22 +197,46 @@ def _check_layers(layers: dict[str, RaSALinear], config: Config) -> None:
                 f"load_adapter: alpha must be {layer.alpha:g} as in {name}, got {config.alpha:g}; "
                 "with k = 0 it is no trained weight"
             )
+        # Neither shape tells what a gate is multiplied with.
+        mine = (layer.gates, layer.r, layer.alpha)
+        files = (config.gates, config.r_of(name), config.alpha)
+        if (layer.gates or config.gates) and mine != files:
+            raise ValueError(
+                f"load_adapter: (gates, r, alpha) must be {mine} as in {name}, got {files}"
+            )
 
 
 def _config_json(root: nn.Module) -> str:
     """Return the apply() arguments that put the model's adapters into a plain model."""
     layers = adapted_layers(root)
-    configs = {(layer.r, layer.k, layer.alpha, layer.dropout) for layer in layers.values()}
+    configs = {(layer.k, layer.alpha, layer.dropout, layer.gates) for layer in layers.values()}
     if len(configs) > 1:
         raise ValueError(
-            "save_adapter: the layers must have one (r, k, alpha, dropout), got "
+            "save_adapter: the layers must have one (k, alpha, dropout, gates), got "
             f"{', '.join(map(str, sorted(configs)))}. Save adapter_state_dict(model) instead"
         )
-    r, k, alpha, dropout = configs.pop()
+    k, alpha, dropout, gates = configs.pop()
     dtypes = {layer.A.dtype for layer in layers.values()}
     dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
-    config = Config(r, k, alpha, target_names(root, layers), dropout)
-    return json.dumps(asdict(config) | {"dtype": dtype})
+    r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
+    groups = group_names(layers)
+    pools = {groups[n]: x.pool for n, x in layers.items() if x.pool is not None}
+    config = Config(
+        r,
+        k,
+        alpha,
+        target_names(root, layers),
+        dropout,
+        gates=gates,
+        rank_pattern={n: x.r for n, x in layers.items() if x.r != r},
+        private_ranks={n: x.Rp for n, x in layers.items() if x.Rp != x.r - x.k},
+        shared_ranks={n: x.Rs for n, x in pools.items() if x.Rs != x.k * x.num_layers},
+    )
+    # What is as in apply() by default is left out: versions that do not know it read the file.
+    optional = ("gates", "rank_pattern", "private_ranks", "shared_ranks")
+    content = {key: v for key, v in asdict(config).items() if v or key not in optional}
+    del content["siblings"]  # how outputs are computed, not what they are
+    return json.dumps(content | {"dtype": dtype})
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:
@@ -234,10 +268,31 @@ def _parse_config(path: str | os.PathLike[str], text: str) -> Config:
         targets = tuple(map(str, config["target_modules"]))
         alpha, dropout = float(config["alpha"]), float(config["dropout"])
         check_config("config", config["r"], config["k"], alpha, dropout)
+        gates = bool(config.get("gates", False))
+        ranks = [
+            {str(name): int(rank) for name, rank in config.get(key, {}).items()}
+            for key in ("rank_pattern", "private_ranks", "shared_ranks")
+        ]
+        if any(rank < 0 for pattern in ranks for rank in pattern.values()):
+            raise ValueError(f"ranks must be at least 0, got {ranks}")
+        if not gates and (ranks[1] or ranks[2]):
+            raise ValueError("private_ranks and shared_ranks must come with gates")
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be a torch dtype, got {config['dtype']!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"load_adapter: {path} has no usable config in its metadata: {error!r}"
         ) from error
-    return Config(config["r"], config["k"], alpha, targets, dropout, dtype)
+    r, k = config["r"], config["k"]
+    return Config(
+        r,
+        k,
+        alpha,
+        targets,
+        dropout,
+        dtype,
+        gates=gates,
+        rank_pattern=ranks[0],
+        private_ranks=ranks[1],
+        shared_ranks=ranks[2],
+    )
