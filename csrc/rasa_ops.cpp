@@ -3,82 +3,12 @@
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
 
-#include "checks.h"
+#include "op_inputs.h"
 #include "philox.h"
 #include "program_builder.h"
 
 namespace rasa {
 namespace {
-
-struct Sizes {
-  int64_t M, K, N, Rp, Rs;
-  int64_t R() const { return Rs + Rp; }
-};
-
-Sizes check_adapter(const char* op, const Tensor& x, int64_t N, const Adapter& adapter) {
-  check_dim(op, adapter.A, "A", "(Rp, K)", 2);
-  check_dim(op, adapter.A_shared, "A_shared", "(Rs, K)", 2);
-  const Sizes z = {x.size(0), x.size(1), N, adapter.A.size(0), adapter.A_shared.size(0)};
-  check_shape(op, adapter.A, "A", "(Rp, K)", {z.Rp, z.K});
-  check_shape(op, adapter.A_shared, "A_shared", "(Rs, K)", {z.Rs, z.K});
-  check_shape(op, adapter.Bt, "Bt", "(Rp, N)", {z.Rp, z.N});
-  check_shape(op, adapter.Bt_shared, "Bt_shared", "(Rs, N)", {z.Rs, z.N});
-  check_shape(op, adapter.d, "d", "(Rs + Rp)", {z.R()});
-
-  const at::ScalarType type = adapter.A.scalar_type();
-  const bool is_half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-  TORCH_CHECK(type == x.scalar_type() || (is_half && type == at::kFloat), op,
-              ": A must have x's dtype ", at::toString(x.scalar_type()), is_half ? " or Float" : "",
-              ", got ", at::toString(type));
-  const auto check_like_A = [&](const Tensor& t, const char* name) {
-    check_dtype(op, t, name, type, "A's");
-    check_device(op, t, name, x);
-  };
-  check_device(op, adapter.A, "A", x);
-  check_like_A(adapter.A_shared, "A_shared");
-  check_like_A(adapter.Bt, "Bt");
-  check_like_A(adapter.Bt_shared, "Bt_shared");
-  check_like_A(adapter.d, "d");
-  check_row_major(op, adapter.A, "A");
-  check_row_major(op, adapter.A_shared, "A_shared");
-  check_row_major(op, adapter.Bt, "Bt");
-  check_row_major(op, adapter.Bt_shared, "Bt_shared");
-  check_row_major(op, adapter.d, "d");
-  return z;
-}
-
-void check_x(const char* op, const Tensor& x) {
-  check_dim(op, x, "x", "(M, K)", 2);
-  TORCH_CHECK(is_supported(x.scalar_type()), op,
-              ": x must be float32, float64, bfloat16 or float16, got ",
-              at::toString(x.scalar_type()));
-}
-
-void check_like_x(const char* op, const Tensor& t, const char* name, const Tensor& x) {
-  check_dtype(op, t, name, x.scalar_type(), "x's");
-  check_device(op, t, name, x);
-}
-
-// The dropout of one op call, checked.
-struct Dropout {
-  const int64_t* seed = nullptr;
-  uint32_t threshold = 0;
-
-  Dropout(const char* op, double p, const OptionalTensor& seed_tensor, const Tensor& x) {
-    check_p(op, p);
-    if (p == 0) return;
-    TORCH_CHECK(seed_tensor.has_value() && seed_tensor->defined(), op,
-                ": seed must be given when p > 0, got None with p = ", p);
-    TORCH_CHECK(seed_tensor->scalar_type() == at::kLong && seed_tensor->numel() == 1, op,
-                ": seed must be one Long element, got ", at::toString(seed_tensor->scalar_type()),
-                " ", seed_tensor->sizes());
-    check_device(op, *seed_tensor, "seed", x);
-    threshold = drop_threshold(p);
-    seed = seed_tensor->const_data_ptr<int64_t>();
-  }
-};
-
-const void* data(const Tensor& t) { return t.const_data_ptr(); }
 
 // s = [x̃·A_sharedᵀ | x̃·Aᵀ];  y = C_in + (s∘d)·[Bt_shared ; Bt]. s has padded_rank(R) columns.
 void launch_forward(const char* op, LaunchFn launch, const Tensor& x, const Sizes& z,

@@ -10,6 +10,7 @@ load_extension()  # before the modules below: they use the ops it registers
 
 from rasa_ext._build_config import version as __version__  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
+from rasa_ext.merging import LayerMerge, MergeReport  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
 from rasa_ext.ops import dropout_mask, grouped_gemm, rasa_add, rasa_linear  # noqa: E402
 from rasa_ext.weights import (  # noqa: E402
@@ -21,6 +22,8 @@ from rasa_ext.weights import (  # noqa: E402
 )
 
 __all__ = [
+    "LayerMerge",
+    "MergeReport",
     "RaSALinear",
     "SharedPool",
     "Summary",

@@ -17,6 +17,8 @@ from rasa_ext.base_layer import (
     fusible,
     is_transposed,
 )
+from rasa_ext.layer_ops import adapters_of, rasa_delta_weights
+from rasa_ext.merging import LayerMerge, merge_layers
 from rasa_ext.ops import rasa_add, rasa_linear
 
 _MAX_SEED = 2**63 - 1
@@ -255,7 +257,7 @@ class RaSALinear(nn.Module):
         weight = base_weight(self.base_layer)
         if weight is None or self.merged:
             return self.base_layer.weight  # type: ignore[return-value]
-        return self._with_delta(weight)
+        return (weight + self._stored_delta()).to(weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -270,43 +272,28 @@ class RaSALinear(nn.Module):
 
         Shape: (N, K), whatever the base layer's own layout. Differentiable.
         """
-        A, Bt, d = self.A, self.Bt, self.d
-        if self.pool is not None:
-            A, Bt = torch.cat([self.pool.A_shared, A]), torch.cat([self.pool.Bt_shared, Bt])
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        with torch.autocast(A.device.type, enabled=False):
-            return (Bt.to(dtype) * d.to(dtype)[:, None]).T @ A.to(dtype)
+        delta = self._stored_delta()
+        return delta.T if is_transposed(self.base_layer) else delta
 
-    def _with_delta(self, weight: Tensor) -> Tensor:
-        """Return weight plus the update in weight's layout, rounded once to weight's dtype."""
-        delta = self.delta_weight()
-        return (weight + (delta.T if is_transposed(self.base_layer) else delta)).to(weight.dtype)
+    def _stored_delta(self) -> Tensor:
+        """Return the update in the layout in which the base layer stores its weight."""
+        return rasa_delta_weights(adapters_of([self], [is_transposed(self.base_layer)]))[0]
 
-    @torch.no_grad()
-    def merge(self) -> None:
+    def merge(
+        self, rounding: str = "nearest", generator: torch.Generator | None = None
+    ) -> LayerMerge:
         """Add the update to the base weight; forward is then the base layer alone.
 
-        The sum is formed in float32 and rounded once. The original weight is kept, for unmerge().
+        The sum is formed in float32 and rounded once, to the nearest or as rasa_ext.merge says of
+        `rounding` and `generator`. The original weight is kept, for unmerge(). Returns the relative
+        error of the update as the weight's dtype holds it.
+
         Raises RuntimeError if merged already, TypeError if the base has no floating-point weight
         to add to, ValueError if the sum would not be finite; the layer is then as it was.
         """
         if self.merged:
             raise RuntimeError("RaSALinear.merge: already merged. Call unmerge() first")
-        weight = base_weight(self.base_layer)
-        if weight is None:
-            raise TypeError(
-                f"RaSALinear.merge: {type(self.base_layer).__name__} has no floating-point weight "
-                f"of shape (N, K) = [{self.out_features}, {self.in_features}] to add to"
-            )
-        merged = self._with_delta(weight)
-        if not merged.isfinite().all():
-            raise ValueError(
-                f"RaSALinear.merge: the merged weight would hold NaN or inf in {weight.dtype}. "
-                "Check the adapter's weights and d"
-            )
-        self.original_weight = weight.detach().clone()
-        weight.copy_(merged)
-        self.merged = True
+        return merge_layers("RaSALinear.merge", {"": self}, rounding, generator).layers[0]
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -55,7 +55,8 @@ def test_opcheck(op, dtypes, p):
 def test_every_op_has_every_kernel():
     names = [n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if "rasa_ext::" in n]
     assert sorted(names) == [
-        "dropout_mask", "grouped_gemm", "rasa_add", "rasa_backward", "rasa_linear"
+        "dropout_mask", "grouped_gemm", "rasa_add", "rasa_backward", "rasa_delta_weights",
+        "rasa_linear", "rasa_merge_",
     ]  # fmt: skip
     keys = {"cpu": "CPU", "cuda": "CUDA"}
     for name in names:
