@@ -1,58 +1,16 @@
-// The bodies of the ops on many layers.
+// The bodies of the ops on the updates of many layers: as matrices, and added to the weights.
 #include "layers_ops.h"
 
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
-#include <string>
 #include <utility>
 
-#include "op_inputs.h"
+#include "adapter_list.h"
 
 namespace rasa {
 namespace {
-
-// The adapters one by one, with an empty pool for layers without one.
-class Adapters {
- public:
-  Adapters(const char* op, const LayerTensors& layers) : layers_(layers) {
-    check_lists(op, layers);
-    for (size_t i = 0; i < layers.num_layers(); ++i) {
-      const bool has_pool = layers.pools[i] >= 0;
-      if (!has_pool) {
-        check_dim(op, layers.A[i], "A", "(Rp, K)", 2);
-        check_dim(op, layers.Bt[i], "Bt", "(Rp, N)", 2);
-      }
-      const auto none = [&](const Tensor& t) {
-        return has_pool ? Tensor() : at::empty({0, t.size(1)}, t.options());
-      };
-      no_A_shared_.push_back(none(layers.A[i]));
-      no_Bt_shared_.push_back(none(layers.Bt[i]));
-    }
-  }
-
-  Adapter operator[](size_t i) const {
-    const int64_t pool = layers_.pools[i];
-    return {layers_.A[i], pool < 0 ? no_A_shared_[i] : layers_.A_shared[pool], layers_.Bt[i],
-            pool < 0 ? no_Bt_shared_[i] : layers_.Bt_shared[pool], layers_.d[i]};
-  }
-
- private:
-  LayerTensors layers_;
-  std::vector<Tensor> no_A_shared_, no_Bt_shared_;
-};
-
-// "rasa_merge_: layer 3", so that a message says which entry of the lists is wrong.
-std::string of_layer(const char* op, size_t i) {
-  return std::string(op) + ": layer " + std::to_string(i);
-}
-
-void check_same_dtype(const char* op, const Tensor& t, const char* name, const Tensor& first) {
-  check_dtype(op, t, name, first.scalar_type(), "the first layer's");
-  TORCH_CHECK(t.device() == first.device(), op, ": ", name, " must be on the first layer's device ",
-              first.device(), ", got ", t.device());
-}
 
 // C (N,K) += [Bt_shared ; Bt]ᵀ · diag(d) · [A_shared ; A]; C_in, where there is one, is C.
 void add_update(ProgramBuilder& builder, const Adapter& adapter, const Tensor& C, bool has_C_in) {
@@ -68,14 +26,9 @@ void add_update(ProgramBuilder& builder, const Adapter& adapter, const Tensor& C
 }  // namespace
 
 void check_lists(const char* op, const LayerTensors& layers) {
-  const size_t L = layers.num_layers();
-  const auto check_length = [&](size_t length, const char* name) {
-    TORCH_CHECK(length == L, op, ": ", name, " must have one entry for each layer = ", L, ", got ",
-                length);
-  };
-  check_length(layers.Bt.size(), "Bt");
-  check_length(layers.d.size(), "d");
-  check_length(layers.pools.size(), "pools");
+  check_length(op, layers.Bt, "Bt", layers.num_layers());
+  check_length(op, layers.d, "d", layers.num_layers());
+  check_length(op, layers.pools, "pools", layers.num_layers());
   TORCH_CHECK(layers.Bt_shared.size() == layers.num_pools(), op,
               ": Bt_shared must have one entry for each pool = ", layers.num_pools(), ", got ",
               layers.Bt_shared.size());
@@ -105,7 +58,7 @@ std::vector<Tensor> rasa_delta_weights_body(LaunchFn launch, const LayerTensors&
     const std::string layer = of_layer(op, i);
     check_dim(layer.c_str(), adapter.A, "A", "(Rp, K)", 2);
     check_dim(layer.c_str(), adapter.Bt, "Bt", "(Rp, N)", 2);
-    check_same_dtype(layer.c_str(), adapter.A, "A", first);
+    check_like_first(layer.c_str(), adapter.A, "A", first);
     const Sizes z = check_adapter(layer.c_str(), adapter.A, adapter.Bt.size(1), adapter, "A");
     deltas.push_back(at::empty({z.N, z.K}, first.options().dtype(dtype)));
     add_update(builder, adapter, deltas.back(), /*has_C_in=*/false);
@@ -117,9 +70,7 @@ std::vector<Tensor> rasa_delta_weights_body(LaunchFn launch, const LayerTensors&
 void rasa_merge_body(LaunchFn launch, at::TensorList weights, const LayerTensors& layers) {
   constexpr const char* op = "rasa_merge_";
   const Adapters adapters(op, layers);
-  TORCH_CHECK(weights.size() == layers.num_layers(), op,
-              ": weights must have one entry for each layer = ", layers.num_layers(), ", got ",
-              weights.size());
+  check_length(op, weights, "weights", layers.num_layers());
   if (weights.empty()) return;
   const Tensor& first = layers.A[0];
   const c10::DeviceGuard guard(first.device());
@@ -136,7 +87,7 @@ void rasa_merge_body(LaunchFn launch, at::TensorList weights, const LayerTensors
     TORCH_CHECK(is_supported(weight.scalar_type()), layer,
                 ": weight must be float32, float64, bfloat16 or float16, got ",
                 at::toString(weight.scalar_type()));
-    check_same_dtype(layer.c_str(), adapter.A, "A", first);
+    check_like_first(layer.c_str(), adapter.A, "A", first);
     const Sizes z = check_adapter(layer.c_str(), weight, weight.size(0), adapter, "weight");
     if (z.R() == 0 || weight.numel() == 0) continue;
     starts.push_back(weight.mutable_data_ptr());
