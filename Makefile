@@ -45,8 +45,8 @@ check: $(STAMP)-dev
 bench-quick: $(STAMP)-bench
 	$(BIN)/python benchmarks/bench.py step --quick $(ARGS)
 
-TORCH_FREE := csrc/gemm_problem.h csrc/host_device.h csrc/philox.h csrc/cpu/tile_ops.h \
-  csrc/cpu/tile_ops.cpp $(filter-out csrc/cuda/register_cuda.cpp,$(wildcard csrc/cuda/*))
+TORCH_FREE := csrc/dropout_mask.h csrc/gemm_problem.h csrc/host_device.h csrc/philox.h \
+  csrc/cpu/tile_ops.h csrc/cpu/tile_ops.cpp $(filter-out csrc/cuda/register_cuda.cpp,$(wildcard csrc/cuda/*))
 
 lint:
 	@test -x $(BIN)/clang-format || $(MAKE) $(STAMP)-dev

@@ -300,27 +300,16 @@ std::vector<Tensor> grouped_gemm_body(LaunchFn launch, std::string_view layout_n
   return results;
 }
 
-Tensor dropout_mask_body(const Tensor& seed, int64_t M, int64_t K, double p) {
+Tensor dropout_mask_body(DrawMaskFn draw_mask, const Tensor& seed, int64_t M, int64_t K, double p) {
   constexpr const char* op = "dropout_mask";
+  const c10::DeviceGuard guard(seed.device());
   TORCH_CHECK(M >= 0 && K >= 0, op, ": M and K must not be negative, got ", M, " and ", K);
   const Dropout dropout(op, p, seed, seed);
-  const Tensor mask = at::ones({M, K}, seed.options().dtype(at::kBool));
-  if (dropout.threshold == 0) return mask;
-  bool* kept = mask.mutable_data_ptr<bool>();
-  // One Philox call serves 8 elements of a 16 × 16 block: see philox.h for which.
-  const uint64_t key = static_cast<uint64_t>(*dropout.seed);
-  for (int64_t block = 0; block < ceil_div(M, 16) * ceil_div(K, 16) * 32; ++block) {
-    const uint32_t lane = block % 32, c16 = block / 32 % ceil_div(K, 16);
-    const uint32_t m16 = block / 32 / ceil_div(K, 16);
-    const Philox4 draws = philox4x32({{lane, m16, c16, 0}}, static_cast<uint32_t>(key),
-                                     static_cast<uint32_t>(key >> 32));
-    for (uint32_t i = 0; i < 8; ++i) {
-      const int64_t m = int64_t{16} * m16 + lane / 4 + 8 * (i / 2 % 2);
-      const int64_t k = int64_t{16} * c16 + 2 * (lane % 4) + 8 * (i / 4) + i % 2;
-      const uint32_t draw = (draws.word[i / 2] >> (16 * (i % 2))) & (kDrawRange - 1);
-      if (m < M && k < K) kept[m * K + k] = draw >= dropout.threshold;
-    }
-  }
+  const auto options = seed.options().dtype(at::kBool);
+  if (dropout.threshold == 0) return at::ones({M, K}, options);
+  const Tensor mask = at::empty({M, K}, options);
+  draw_mask({dropout.seed, dropout.threshold, check_size(op, "M", M), check_size(op, "K", K),
+             mask.mutable_data_ptr<bool>()});
   return mask;
 }
 

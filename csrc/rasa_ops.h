@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "dropout_mask.h"
 #include "gemm_problem.h"
 
 namespace rasa {
@@ -52,6 +53,6 @@ std::vector<Tensor> grouped_gemm_body(LaunchFn launch, std::string_view layout, 
                                       const std::vector<OptionalTensor>& scale_m,
                                       const std::vector<OptionalTensor>& scale_k,
                                       std::optional<at::ScalarType> out_dtype);
-Tensor dropout_mask_body(const Tensor& seed, int64_t M, int64_t K, double p);
+Tensor dropout_mask_body(DrawMaskFn draw_mask, const Tensor& seed, int64_t M, int64_t K, double p);
 
 }  // namespace rasa

@@ -5,9 +5,11 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include "cpu/dropout_mask.h"
 #include "cpu/grouped_gemm.h"
 #include "cpu/micro_kernel.h"
 #include "rasa_ops.h"
+#include "register_backend.h"
 
 namespace rasa {
 
@@ -29,52 +31,6 @@ TORCH_LIBRARY(rasa_ext, m) {
 }
 
 namespace {
-
-using OptionalTensorList = c10::List<OptionalTensor>;
-
-std::vector<OptionalTensor> to_vector(const OptionalTensorList& list) {
-  return {list.begin(), list.end()};
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Backends: one set of functions for each launcher
-// ---------------------------------------------------------------------------------------------------------------------
-
-template <LaunchFn launch>
-std::tuple<Tensor, Tensor> rasa_linear(const Tensor& x, const Tensor& weight,
-                                       const OptionalTensor& bias, const Tensor& A,
-                                       const Tensor& A_shared, const Tensor& Bt,
-                                       const Tensor& Bt_shared, const Tensor& d, double p,
-                                       const OptionalTensor& seed) {
-  return rasa_linear_body(launch, x, weight, bias, {A, A_shared, Bt, Bt_shared, d}, p, seed);
-}
-
-template <LaunchFn launch>
-std::tuple<Tensor, Tensor> rasa_add(const Tensor& x, const Tensor& base, const Tensor& A,
-                                    const Tensor& A_shared, const Tensor& Bt,
-                                    const Tensor& Bt_shared, const Tensor& d, double p,
-                                    const OptionalTensor& seed) {
-  return rasa_add_body(launch, x, base, {A, A_shared, Bt, Bt_shared, d}, p, seed);
-}
-
-template <LaunchFn launch>
-Gradients rasa_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                        const Tensor& A, const Tensor& A_shared, const Tensor& Bt,
-                        const Tensor& Bt_shared, const Tensor& d, const Tensor& s, double p,
-                        const OptionalTensor& seed, WantedMask wanted) {
-  return rasa_backward_body(launch, dy, x, weight, {A, A_shared, Bt, Bt_shared, d}, s, p, seed,
-                            wanted);
-}
-
-template <LaunchFn launch>
-std::vector<Tensor> grouped_gemm(std::string_view layout, at::TensorList A, at::TensorList B,
-                                 at::IntArrayRef segments, const OptionalTensorList& C_in,
-                                 const OptionalTensorList& scale_m,
-                                 const OptionalTensorList& scale_k,
-                                 std::optional<at::ScalarType> out_dtype) {
-  return grouped_gemm_body(launch, layout, A, B, segments, to_vector(C_in), to_vector(scale_m),
-                           to_vector(scale_k), out_dtype);
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Meta: shapes and dtypes only
@@ -182,13 +138,7 @@ struct Autocast {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rasa_ext, CPU, m) {
-  m.impl("rasa_linear", &rasa_linear<cpu::grouped_gemm>);
-  m.impl("rasa_add", &rasa_add<cpu::grouped_gemm>);
-  m.impl("rasa_backward", &rasa_backward<cpu::grouped_gemm>);
-  m.impl("grouped_gemm", &grouped_gemm<cpu::grouped_gemm>);
-  m.impl("dropout_mask", &dropout_mask_body);
-}
+TORCH_LIBRARY_IMPL(rasa_ext, CPU, m) { register_backend<cpu::grouped_gemm, cpu::draw_mask>(m); }
 
 TORCH_LIBRARY_IMPL(rasa_ext, Meta, m) {
   m.impl("rasa_linear", &rasa_linear_meta);

@@ -1,9 +1,7 @@
-// The schemas of the ops on many layers, and their CPU, Meta and Autocast kernels.
+// The schemas of the ops on many layers, and their Meta and Autocast kernels.
 #include "register_layers.h"
 
 #include <ATen/Functions.h>
-
-#include "cpu/grouped_gemm.h"
 
 namespace rasa {
 
@@ -36,8 +34,6 @@ void merge_meta(at::TensorList, at::TensorList A, at::TensorList Bt, at::TensorL
 }
 
 }  // namespace
-
-TORCH_LIBRARY_IMPL(rasa_ext, CPU, m) { register_layer_ops<cpu::grouped_gemm>(m); }
 
 TORCH_LIBRARY_IMPL(rasa_ext, Meta, m) {
   m.impl("rasa_delta_weights", &delta_weights_meta);

@@ -24,8 +24,8 @@ def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if threshold == 0:
         return x
     assert seed is not None
-    mask = dropout_mask(seed, x.shape[0], x.shape[1], p).to(x.dtype)
-    return x * mask * (DRAWS / (DRAWS - threshold))
+    mask = dropout_mask(seed, x.shape[0], x.shape[1], p)
+    return torch.where(mask, x, 0) * (DRAWS / (DRAWS - threshold))
 
 
 def authors_update(
@@ -66,7 +66,7 @@ def allowance(plain: Tensor, exact: Tensor, dtype: torch.dtype, length: int) -> 
     """Twice plain PyTorch's error plus one rounding to `dtype`, in which both round.
 
     Of a result with few elements plain's error is itself a random number, and may be 0 by luck:
-    eight more roundings at one element, fewer as 1 / sqrt(elements).
+    two more roundings at one element, fewer as 1 / sqrt(elements).
 
     Nothing more exact than float64 is at hand to judge float64 by: there, the error that sums of
     `length` products may differ by (a random walk of roundings).
@@ -74,7 +74,7 @@ def allowance(plain: Tensor, exact: Tensor, dtype: torch.dtype, length: int) -> 
     eps = torch.finfo(dtype).eps
     if dtype == torch.float64:
         return eps * (4 + 4 * math.sqrt(length))
-    return 2 * error(plain, exact) + eps * (1 + 8 / math.sqrt(max(exact.numel(), 1)))
+    return 2 * error(plain, exact) + eps * (1 + 2 / math.sqrt(max(exact.numel(), 1)))
 
 
 def assert_accurate(
@@ -84,14 +84,16 @@ def assert_accurate(
     what: str = "",
     length: int = 4096,
     dtype: torch.dtype | None = None,
+    slack: float = 1,
 ) -> None:
     """`out` may be at most twice as wrong as `plain`, over all and in every row; NaN fails.
 
-    dtype: in which the operands are rounded, where the result is wider.
+    dtype: in which the operands are rounded, where the result is wider. slack: a factor on what is
+    allowed, for thousands of random cases, of which some have a lucky yardstick.
     """
     dtype = dtype or out.dtype
     assert out.shape == exact.shape, f"{what}: shape {tuple(out.shape)} for {tuple(exact.shape)}"
-    allowed = allowance(plain, exact, dtype, length)
+    allowed = slack * allowance(plain, exact, dtype, length)
     assert error(out, exact) <= allowed, f"{what}: {error(out, exact):.3g} > {allowed:.3g}"
     if exact.dim() != 2 or exact.numel() == 0:
         return
@@ -99,7 +101,7 @@ def assert_accurate(
     scale = exact.norm() / math.sqrt(exact.shape[0]) + torch.finfo(torch.float64).tiny
     worst = ((out.double() - exact).norm(dim=1).max() / scale).item()
     worst_plain = ((plain.double() - exact).norm(dim=1).max() / scale).item()
-    allowed_row = 4 * max(worst_plain, allowed)  # a wrong row is wrong by far more
+    allowed_row = 2 * slack * max(worst_plain, allowed / slack)  # a wrong row is wrong by far more
     assert worst <= allowed_row, f"{what}, worst row: {worst:.3g} > {allowed_row:.3g}"
 
 

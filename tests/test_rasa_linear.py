@@ -248,3 +248,27 @@ def test_results_do_not_depend_on_the_number_of_threads(dtypes, threads):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
+def test_a_linear_layer_repeats_itself_at_any_number_of_threads(dtypes, threads):
+    """Only y and dx hold the library's base product, which may depend on the number of threads."""
+    case = Case("threads", 7, 576, 192, 7, 30)
+    inputs = [t.requires_grad_() for t in linear_inputs(case, *dtypes)]
+    dy = torch.ones(case.M, case.N, dtype=dtypes[0])
+
+    def run() -> dict[str, Tensor]:
+        y = rasa_linear(*inputs, p=0.1, seed=new_seed())
+        return {"y": y} | dict(zip(LINEAR_NAMES, torch.autograd.grad(y, inputs, dy), strict=True))
+
+    before = torch.get_num_threads()
+    expected = run()
+    try:
+        torch.set_num_threads(threads)
+        first, second = run(), run()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    adapter = ("A", "A_shared", "Bt", "Bt_shared", "d")
+    assert all(torch.equal(first[name], expected[name]) for name in adapter)

@@ -33,10 +33,12 @@ struct ProblemArg {
 };
 
 struct KernelArgs {
+  // Scratch memory of a group's launches, aligned to 256 bytes. The launcher fills it in.
+  void* workspace;
   int32_t num_problems, num_tiles;
   int32_t segments_at, blocks_at, tile_starts_at;  // in data, in bytes; problems are at 0
   DType scale_dtype;
-  alignas(8) unsigned char data[32760 - 24];
+  alignas(8) unsigned char data[32760 - 32];
 
   // By reference, never by value: a reference compiles to loads from the constant bank, a copy to
   // local memory.

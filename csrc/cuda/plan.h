@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "../philox.h"
@@ -27,6 +28,13 @@ struct Launch {
   KernelArgs args;
 };
 
+// Run the launches in order on one stream, each with args.workspace set to the same memory of
+// workspace_bytes; what lies there before does not matter.
+struct GroupPlan {
+  std::vector<Launch> launches;
+  int64_t workspace_bytes;
+};
+
 // The launches of one group. Throws std::invalid_argument where no kernel exists for it.
 class GroupPlanner {
  public:
@@ -38,7 +46,7 @@ class GroupPlanner {
   }
 
   // Problems of one group do not depend on each other: those of one kernel are launched together.
-  std::vector<Launch> plan() {
+  GroupPlan plan() {
     std::vector<Launch> launches;
     const int32_t end = group_.first_problem + group_.num_problems;
     for (int config = 0; config < kNumConfigs; ++config) {
@@ -57,7 +65,7 @@ class GroupPlanner {
         if (!problems_.empty()) launches.push_back(finish());
       }
     }
-    return launches;
+    return {std::move(launches), 0};
   }
 
  private:
@@ -185,8 +193,7 @@ class GroupPlanner {
   int64_t num_tiles_ = 0;
 };
 
-inline std::vector<Launch> plan(const Program& program, const Group& group,
-                                const DeviceInfo& device) {
+inline GroupPlan plan(const Program& program, const Group& group, const DeviceInfo& device) {
   return GroupPlanner(program, group, device).plan();
 }
 

@@ -4,7 +4,7 @@
 #include "cuda/plan.h"
 
 namespace {
-std::vector<rasa::cuda::Launch> launches;
+rasa::cuda::GroupPlan group_plan;
 char message[256];
 }  // namespace
 
@@ -21,19 +21,19 @@ int plan_group(int layout, int dtype, int scale_dtype, const rasa::Problem* prob
                            {segments, segments + num_segments},
                            {blocks, blocks + num_blocks}};
   try {
-    launches = rasa::cuda::plan(program, program.groups[0], {num_sms});
+    group_plan = rasa::cuda::plan(program, program.groups[0], {num_sms});
   } catch (const std::exception& error) {
     std::snprintf(message, sizeof(message), "%s", error.what());
     return -1;
   }
-  return static_cast<int>(launches.size());
+  return static_cast<int>(group_plan.launches.size());
 }
 
 const char* plan_error() { return message; }
 
 // out: config, has_dropout, grid, threads, smem_bytes, num_problems
 void launch_shape(int i, int* out) {
-  const rasa::cuda::Launch& launch = launches[i];
+  const rasa::cuda::Launch& launch = group_plan.launches[i];
   const int values[] = {static_cast<int>(launch.config),
                         launch.has_dropout,
                         launch.grid,
@@ -43,7 +43,9 @@ void launch_shape(int i, int* out) {
   for (int k = 0; k < 6; ++k) out[k] = values[k];
 }
 
+int64_t workspace_bytes() { return group_plan.workspace_bytes; }
+
 int args_size() { return sizeof(rasa::cuda::KernelArgs); }
-const void* launch_args(int i) { return &launches[i].args; }
+const void* launch_args(int i) { return &group_plan.launches[i].args; }
 
 }  // extern "C"

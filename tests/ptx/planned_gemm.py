@@ -107,6 +107,7 @@ def _shim() -> C.CDLL:
     library = C.CDLL(str(cached_file(f"plan.{digest(*map(Path.read_bytes, sources))}.so", build)))
     library.plan_error.restype = C.c_char_p
     library.launch_args.restype = C.c_void_p
+    library.workspace_bytes.restype = C.c_int64
     return library
 
 
@@ -156,6 +157,8 @@ class Planned:
         )
         if count < 0:
             raise ValueError(_shim().plan_error().decode())
+        self.workspace_bytes = int(_shim().workspace_bytes())
+        self._workspace = Buffer(torch.full((max(self.workspace_bytes, 1),), 0xFF).byte())
         self.launches = [self._launch(i) for i in range(count)]
 
     def _launch(self, i: int) -> Launch:
@@ -163,6 +166,7 @@ class Planned:
         _shim().launch_shape(i, shape)
         config, has_dropout, grid, threads, smem, num_problems = shape
         args = C.string_at(_shim().launch_args(i), _shim().args_size())
+        args = self._workspace.at(0).to_bytes(8, "little") + args[8:]  # the pointer comes first
         return Launch(config, bool(has_dropout), grid, threads, smem, num_problems, args)
 
     def buffer(self, t: Tensor) -> Buffer:
