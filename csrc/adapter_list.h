@@ -18,9 +18,9 @@ void check_length(const char* op, const List& list, const char* name, size_t num
 }
 
 // The adapters one by one, with an empty pool for layers without one.
-class Adapters {
+class AdapterList {
  public:
-  Adapters(const char* op, const LayerTensors& layers) : layers_(layers) {
+  AdapterList(const char* op, const LayerTensors& layers) : layers_(layers) {
     check_lists(op, layers);
     for (size_t i = 0; i < layers.num_layers(); ++i) {
       const bool has_pool = layers.pools[i] >= 0;
@@ -52,7 +52,8 @@ inline std::string of_layer(const char* op, size_t i) {
   return std::string(op) + ": layer " + std::to_string(i);
 }
 
-inline void check_like_first(const char* op, const Tensor& t, const char* name, const Tensor& first) {
+inline void check_like_first(const char* op, const Tensor& t, const char* name,
+                             const Tensor& first) {
   check_dtype(op, t, name, first.scalar_type(), "the first layer's");
   TORCH_CHECK(t.device() == first.device(), op, ": ", name, " must be on the first layer's device ",
               first.device(), ", got ", t.device());

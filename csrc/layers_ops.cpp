@@ -41,7 +41,7 @@ void check_lists(const char* op, const LayerTensors& layers) {
 
 std::vector<Tensor> rasa_delta_weights_body(LaunchFn launch, const LayerTensors& layers) {
   constexpr const char* op = "rasa_delta_weights";
-  const Adapters adapters(op, layers);
+  const AdapterList adapters(op, layers);
   if (layers.num_layers() == 0) return {};
   const Tensor& first = layers.A[0];
   const c10::DeviceGuard guard(first.device());
@@ -69,7 +69,7 @@ std::vector<Tensor> rasa_delta_weights_body(LaunchFn launch, const LayerTensors&
 
 void rasa_merge_body(LaunchFn launch, at::TensorList weights, const LayerTensors& layers) {
   constexpr const char* op = "rasa_merge_";
-  const Adapters adapters(op, layers);
+  const AdapterList adapters(op, layers);
   check_length(op, weights, "weights", layers.num_layers());
   if (weights.empty()) return;
   const Tensor& first = layers.A[0];

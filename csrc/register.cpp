@@ -1,10 +1,10 @@
 // The ops' schemas, their CPU, Meta and Autocast kernels, and the _C module.
 #include <ATen/Functions.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include "autocast.h"
 #include "cpu/dropout_mask.h"
 #include "cpu/grouped_gemm.h"
 #include "cpu/micro_kernel.h"
@@ -95,14 +95,8 @@ Tensor dropout_mask_meta(const Tensor& seed, c10::SymInt M, c10::SymInt K, doubl
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <c10::DispatchKey autocast_key, c10::DeviceType device>
-struct Autocast {
-  static Tensor cast(const Tensor& t) {
-    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
-  }
-  // A half adapter follows the autocast dtype; a float one is taken as it is, in registers.
-  static Tensor cast_adapter(const Tensor& t) {
-    return t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble ? t : cast(t);
-  }
+struct Autocast : AutocastTo<device> {
+  using AutocastTo<device>::cast, AutocastTo<device>::cast_adapter;
 
   static std::tuple<Tensor, Tensor> rasa_linear(const Tensor& x, const Tensor& weight,
                                                 const OptionalTensor& bias, const Tensor& A,

@@ -9,8 +9,6 @@
 
 namespace rasa {
 
-using OptionalTensorList = c10::List<OptionalTensor>;
-
 template <LaunchFn launch, DrawMaskFn draw_mask>
 struct BackendOps {
   static std::tuple<Tensor, Tensor> rasa_linear(const Tensor& x, const Tensor& weight,

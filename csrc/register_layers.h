@@ -7,6 +7,15 @@
 
 namespace rasa {
 
+using OptionalTensorList = c10::List<OptionalTensor>;
+using GradientLists =
+    std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+               std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
+
+inline GradientLists to_lists(GroupedGradients g) {
+  return {g.dx, g.dA, g.dBt, g.dd, g.g, g.dA_shared, g.dBt_shared};
+}
+
 template <LaunchFn launch>
 struct LayerOps {
   static std::vector<Tensor> delta_weights(at::TensorList A, at::TensorList Bt, at::TensorList d,
@@ -19,6 +28,35 @@ struct LayerOps {
                     at::TensorList A_shared, at::TensorList Bt_shared, at::IntArrayRef pools) {
     rasa_merge_body(launch, weights, {A, Bt, d, A_shared, Bt_shared, pools});
   }
+
+  static std::tuple<std::vector<Tensor>, std::vector<Tensor>> grouped_linear(
+      at::TensorList xs, const OptionalTensorList& weights, const OptionalTensorList& biases,
+      const OptionalTensorList& bases, at::TensorList A, at::TensorList Bt, at::TensorList d,
+      at::TensorList A_shared, at::TensorList Bt_shared, at::IntArrayRef pools,
+      at::ArrayRef<double> p, const OptionalTensorList& seeds) {
+    return rasa_grouped_linear_body(launch, {xs, weights.vec(), biases.vec(), bases.vec()},
+                                    {A, Bt, d, A_shared, Bt_shared, pools}, {p, seeds.vec()});
+  }
+
+  static GradientLists grouped_backward(const OptionalTensorList& dys, at::TensorList xs,
+                                        const OptionalTensorList& weights, at::TensorList A,
+                                        at::TensorList Bt, at::TensorList d,
+                                        at::TensorList A_shared, at::TensorList Bt_shared,
+                                        at::IntArrayRef pools, at::TensorList s,
+                                        at::ArrayRef<double> p, const OptionalTensorList& seeds,
+                                        const c10::List<bool>& output_mask) {
+    return to_lists(rasa_grouped_backward_body(
+        launch, dys.vec(), {xs, weights.vec(), {}, {}}, {A, Bt, d, A_shared, Bt_shared, pools}, s,
+        {p, seeds.vec()}, {output_mask.begin(), output_mask.end()}));
+  }
+
+  static void pool_gradients(at::TensorList dA_shared, at::TensorList dBt_shared, at::TensorList xs,
+                             at::TensorList dys, at::TensorList g, at::TensorList s,
+                             at::TensorList d, at::IntArrayRef pools, at::ArrayRef<double> p,
+                             const OptionalTensorList& seeds) {
+    rasa_pool_gradients_body(launch, dA_shared, dBt_shared, {xs, dys, g, s, d, pools},
+                             {p, seeds.vec()});
+  }
 };
 
 template <LaunchFn launch>
@@ -26,6 +64,9 @@ void register_layer_ops(torch::Library& m) {
   using Ops = LayerOps<launch>;
   m.impl("rasa_delta_weights", &Ops::delta_weights);
   m.impl("rasa_merge_", &Ops::merge);
+  m.impl("rasa_grouped_linear", &Ops::grouped_linear);
+  m.impl("rasa_grouped_backward", &Ops::grouped_backward);
+  m.impl("rasa_pool_gradients_", &Ops::pool_gradients);
 }
 
 }  // namespace rasa

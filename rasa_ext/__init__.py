@@ -9,6 +9,8 @@ from rasa_ext.build_info import build_info, load_extension
 load_extension()  # before the modules below: they use the ops it registers
 
 from rasa_ext._build_config import version as __version__  # noqa: E402
+from rasa_ext.deferred import deferred_pool_gradients  # noqa: E402
+from rasa_ext.grouped import grouped_linear  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
 from rasa_ext.merging import LayerMerge, MergeReport  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
@@ -31,8 +33,10 @@ __all__ = [
     "adapter_state_dict",
     "apply",
     "build_info",
+    "deferred_pool_gradients",
     "dropout_mask",
     "grouped_gemm",
+    "grouped_linear",
     "load_adapter",
     "merge",
     "rasa_add",

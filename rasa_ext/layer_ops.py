@@ -92,3 +92,87 @@ def rasa_merge_(weights: Sequence[Tensor], adapters: Adapters) -> None:
     """
     if adapters.A:
         _ops.rasa_merge_(list(weights), *adapters)
+
+
+def rasa_grouped_linear(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    bases: Sequence[Tensor | None],
+    adapters: Adapters,
+    p: Sequence[float],
+    seeds: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Compute many linear layers, each of its own input, with their RaSA updates.
+
+    Semantics, for each layer with its pool (see rasa_ext.ops for the two)::
+
+        return (
+            rasa_add(x, base, A, A_shared, Bt, Bt_shared, d, p, seed)
+            if weight is None
+            else rasa_linear(x, weight, bias, A, A_shared, Bt, Bt_shared, d, p, seed)
+        )
+
+    All shrinks are one launch and all expands another; backward has one launch for every g, one
+    for every dx and one for all weight gradients, in which a pool's gradient is one sum over its
+    layers. Base products are the library's, one for each layer.
+
+    Shapes: x (M,K), weight (N,K), bias (N), base (M,N); M, K and N may differ from layer to layer.
+    Dtypes: as in rasa_linear, one for all x and one for all adapters. weights and biases get no
+    gradient. Saves each x and s (M, round_up(R, 8)) for backward.
+
+    Raises:
+        RuntimeError: a tensor has the wrong shape, dtype, device or strides, a layer has not
+            exactly one of weight and base, a weight or bias requires a gradient, p is not in
+            [0, 1), or p > 0 comes without a seed. The message names the layer.
+    """
+    if not xs and not adapters.A:
+        return []  # nothing says which device's kernel to call
+    ys: list[Tensor] = _ops.rasa_grouped_linear(
+        list(xs), list(weights), list(biases), list(bases), *adapters, list(p), list(seeds)
+    )[0]
+    return ys
+
+
+def rasa_pool_gradients_(
+    dA_shared: Sequence[Tensor],
+    dBt_shared: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    dys: Sequence[Tensor],
+    g: Sequence[Tensor],
+    s: Sequence[Tensor],
+    d: Sequence[Tensor],
+    pools: Sequence[int],
+    p: Sequence[float],
+    seeds: Sequence[Tensor | None],
+) -> None:
+    """Add what layers contribute to the gradients of their pools, in place and in one launch.
+
+    Semantics, for each layer i of pool ``pools[i]``, whose ranks are the first of s, g and d::
+
+        dA_shared += d[:Rs, None] * (g[:, :Rs].T @ dropped(x))
+        dBt_shared += d[:Rs, None] * (s[:, :Rs].T @ dy)
+
+    All layers of a pool are summed in one accumulator of float32 (float64), which is rounded once
+    (once for each dropout rate). dropped(x) is what rasa_linear drops for the layer's p and seed.
+
+    Shapes: dA_shared (Rs,K), dBt_shared (Rs,N), or no rows where not wanted; x (M,K), dy (M,N), g
+    and s (M, round_up(R, 8)), d (R). Dtypes: one of x, dy, g and s; one of d and the gradients.
+
+    Raises:
+        RuntimeError: a tensor has the wrong shape, dtype, device or strides; the message names the
+            layer. No gradient is changed then.
+    """
+    if xs:
+        _ops.rasa_pool_gradients_(
+            list(dA_shared),
+            list(dBt_shared),
+            list(xs),
+            list(dys),
+            list(g),
+            list(s),
+            list(d),
+            list(pools),
+            list(p),
+            list(seeds),
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from rasa_ext.base_layer import (
 from rasa_ext.layer_ops import adapters_of, rasa_delta_weights
 from rasa_ext.merging import LayerMerge, merge_layers
 from rasa_ext.ops import rasa_add, rasa_linear
+
+if TYPE_CHECKING:
+    from rasa_ext.deferred import DeferredPoolGradients
 
 _MAX_SEED = 2**63 - 1
 
@@ -50,6 +53,8 @@ class SharedPool(nn.Module):
 
     A_shared: Tensor
     Bt_shared: Tensor
+    # Who sums the pool's gradients, while deferred_pool_gradients() is active.
+    deferred: DeferredPoolGradients | None = None
 
     def __init__(
         self,
@@ -213,12 +218,7 @@ class RaSALinear(nn.Module):
         Raises ValueError unless the last size of x is in_features, RuntimeError when called in
         training mode while merged.
         """
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
-            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"RaSALinear: x must be a tensor (..., in_features) = [..., {self.in_features}], "
-                f"got {got}"
-            )
+        self.check_input(x)
         base: Any = self._modules["base_layer"]
         if self.merged:
             if self.training:
@@ -227,24 +227,53 @@ class RaSALinear(nn.Module):
                     "gradient. Call unmerge(), or eval() to run the merged layer"
                 )
             return base(x)  # type: ignore[no-any-return]
-        p, seed = 0.0, None
-        if self.training and self.dropout > 0.0:
-            # From torch's generator, so that manual_seed and checkpointing repeat the mask.
-            p, seed = self.dropout, torch.randint(_MAX_SEED, (), device=x.device)
+        p = self.drop_rate
+        y = self.compute(x, p, self.draw_seed(x, p))
+        return y if x.dim() == 2 else y.reshape(x.shape[:-1] + (self.out_features,))
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless x is a tensor whose last size is in_features."""
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
+            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"RaSALinear: x must be a tensor (..., in_features) = [..., {self.in_features}], "
+                f"got {got}"
+            )
+
+    @property
+    def drop_rate(self) -> float:
+        """The dropout that acts now."""
+        return self.dropout if self.training else 0.0
+
+    def draw_seed(self, x: Tensor, p: float) -> Tensor | None:
+        """Return a seed from torch's generator, so that manual_seed and checkpointing repeat it."""
+        return torch.randint(_MAX_SEED, (), device=x.device) if p > 0.0 else None
+
+    def fused_base(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return weight and bias of a base layer that an op may compute in its place, else None."""
+        base: Any = self._modules["base_layer"]
+        return fusible(base) if self._is_plain_linear else None
+
+    def _adapter(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return A, A_shared, Bt, Bt_shared, d."""
         A, Bt, d = _tensor(self, "A"), _tensor(self, "Bt"), _tensor(self, "d")
         pool = self.pool
         if pool is None:
-            A_shared, Bt_shared = self._no_A_shared, self._no_Bt_shared
-        else:
-            A_shared, Bt_shared = _tensor(pool, "A_shared"), _tensor(pool, "Bt_shared")
-        x2d = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        fused = fusible(base) if self._is_plain_linear else None
+            return A, self._no_A_shared, Bt, self._no_Bt_shared, d
+        return A, _tensor(pool, "A_shared"), Bt, _tensor(pool, "Bt_shared"), d
+
+    def compute(self, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+        """Return the output for x as a matrix, with the mask of this seed."""
+        deferred = None if self.pool is None else self.pool.deferred
+        if deferred is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            return deferred.compute(self, x, p, seed)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        base: Any = self._modules["base_layer"]
+        fused = self.fused_base()
         if fused is not None:
-            y = rasa_linear(x2d, *fused, A, A_shared, Bt, Bt_shared, d, p, seed)
-        else:
-            y = base(x).reshape(-1, self.out_features)
-            y = rasa_add(x2d, y, A, A_shared, Bt, Bt_shared, d, p, seed)
-        return y if x.dim() == 2 else y.reshape(x.shape[:-1] + (self.out_features,))
+            return rasa_linear(rows, *fused, *self._adapter(), p, seed)
+        y = base(x).reshape(-1, self.out_features)
+        return rasa_add(rows, y, *self._adapter(), p, seed)
 
     @property
     def weight(self) -> Tensor:
