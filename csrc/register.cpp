@@ -6,7 +6,7 @@
 
 #include "autocast.h"
 #include "cpu/dropout_mask.h"
-#include "cpu/grouped_gemm.h"
+#include "cpu/launch.h"
 #include "cpu/micro_kernel.h"
 #include "rasa_ops.h"
 #include "register_backend.h"
@@ -132,7 +132,7 @@ struct Autocast : AutocastTo<device> {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(rasa_ext, CPU, m) { register_backend<cpu::grouped_gemm, cpu::draw_mask>(m); }
+TORCH_LIBRARY_IMPL(rasa_ext, CPU, m) { register_backend<cpu::launch, cpu::draw_mask>(m); }
 
 TORCH_LIBRARY_IMPL(rasa_ext, Meta, m) {
   m.impl("rasa_linear", &rasa_linear_meta);
@@ -156,4 +156,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &rasa::cpu::cpu_capability);
   m.def("micro_kernel_dtypes", &rasa::cpu::micro_kernel_dtypes);
   m.def("set_portable", &rasa::cpu::set_portable, pybind11::arg("portable"));
+  m.def("set_cpu_launcher", &rasa::cpu::set_launcher, pybind11::arg("name"));
 }

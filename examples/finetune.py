@@ -4,7 +4,8 @@
     python examples/finetune.py --resume            # after Ctrl-C, to the same result
     python examples/finetune.py --model PATH --device cuda --dtype bf16 --steps 1000 --r 16 --k 2
 
-Writes to --output: adapter.safetensors, loss.png, report.json and training_state.pt.
+Writes to --output: adapter.safetensors, the same as LoRA in lora/, loss.png, report.json and
+training_state.pt.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.util
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -185,6 +187,13 @@ def check_reload(model: nn.Module, folder: Path, input_ids: torch.Tensor, args: 
             raise SystemExit("finetune: the saved adapter could not be verified in a new process")
 
 
+def export(model: nn.Module, folder: Path) -> None:
+    """Write the adapter as LoRA, in place of an earlier export of this run."""
+    shutil.rmtree(folder, ignore_errors=True)
+    max_lora_rank = rasa_ext.export_to_lora(model, folder)
+    print(f"Exported to {folder} as LoRA: servers need a max_lora_rank of {max_lora_rank}")
+
+
 def check_merge(model: nn.Module, input_ids: torch.Tensor, args: argparse.Namespace) -> float:
     """Merge the adapter into the weights; exit unless the logits stay equal within tolerance."""
     apart = logits_of(model, input_ids).double()
@@ -248,6 +257,7 @@ def main() -> None:
         save_plot(args.output / "loss.png", run.losses, run.before["loss"], after["loss"])
         input_ids = data.collate(data.held_out[:2]).input_ids
         check_reload(model, folder, input_ids, args)
+        export(model, args.output / "lora")
         merge_difference = check_merge(model, input_ids, args)
     except Interrupted as signal:
         interruption.ignore()

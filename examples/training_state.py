@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from dataclasses import dataclass, field
@@ -15,13 +16,24 @@ from rasa_ext import adapter_state_dict
 
 
 def write_atomically(path: Path, content: Any) -> None:
-    """torch.save through a temporary file and a rename: `path` is never half a file."""
+    """torch.save through a temporary file and a rename: `path` is never half a file.
+
+    Exits with a message if the disk is full; `path` is then as it was.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    serialized = io.BytesIO()  # torch.save reports a full disk in its own words
+    torch.save(content, serialized)
+    try:
+        with temporary.open("wb") as file:
+            file.write(serialized.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(
+            f"finetune: {path} could not be written and is as it was: {error}"
+        ) from error
 
 
 @dataclass

@@ -8,3 +8,6 @@ def micro_kernel_dtypes() -> str:
 
 def set_portable(portable: bool) -> None:
     """Run the portable loops for everything, as on a CPU without micro-kernels."""
+
+def set_cpu_launcher(name: str) -> None:
+    """Run the CPU's programs by another launcher, for tests: csrc/cpu/launch.h names them."""

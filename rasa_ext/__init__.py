@@ -10,6 +10,8 @@ load_extension()  # before the modules below: they use the ops it registers
 
 from rasa_ext._build_config import version as __version__  # noqa: E402
 from rasa_ext.deferred import deferred_pool_gradients  # noqa: E402
+from rasa_ext.export import export_to_lora  # noqa: E402
+from rasa_ext.foreign import import_lora, import_rasa  # noqa: E402
 from rasa_ext.grouped import grouped_linear  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
 from rasa_ext.merging import LayerMerge, MergeReport  # noqa: E402
@@ -35,8 +37,11 @@ __all__ = [
     "build_info",
     "deferred_pool_gradients",
     "dropout_mask",
+    "export_to_lora",
     "grouped_gemm",
     "grouped_linear",
+    "import_lora",
+    "import_rasa",
     "load_adapter",
     "merge",
     "rasa_add",

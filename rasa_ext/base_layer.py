@@ -44,8 +44,10 @@ def base_weight(base_layer: nn.Module) -> Tensor | None:
     if not isinstance(weight, Tensor) or sizes is None:
         return None
     K, N = sizes
-    # One byte per element (float8) is a storage format: sums are not computed in it.
-    is_matrix = weight.is_floating_point() and weight.element_size() >= 2
+    # Storage formats, in which sums are not computed: one byte per element (float8), and subclasses
+    # of Tensor, which call themselves floating-point (torchao).
+    is_plain = type(weight) in (Tensor, nn.Parameter)
+    is_matrix = is_plain and weight.is_floating_point() and weight.element_size() >= 2
     expected = (K, N) if is_transposed(base_layer) else (N, K)
     return weight if is_matrix and tuple(weight.shape) == expected else None
 

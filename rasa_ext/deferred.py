@@ -193,8 +193,8 @@ def deferred_pool_gradients(model: nn.Module, window: int) -> Iterator[DeferredP
             model(x).loss.backward()
         optimizer.step()
 
-    Memory: at most window - 1 layers of each pool wait, each with M*(K + N) + 2*M*R elements, where
-    plain autograd has freed them; an x that several layers read is there once.
+    Memory: up to `window` layers of each pool are held, each with M*(K + N) + 2*M*R elements, where
+    plain autograd frees them layer by layer; an x that several layers read is held once.
 
     Forward and backward must both run inside the context. Works with gradient accumulation,
     autocast and non-reentrant checkpointing. A backward pass that raises adds nothing later; what

@@ -209,7 +209,7 @@ def plan(root: nn.Module, config: Config) -> list[Group]:
     names_of: dict[nn.Module, list[str]] = {}
     for name, module in match(root, config.target_modules).items():
         names_of.setdefault(module, []).append(name)
-    _refuse_tied(root, names_of, config.k)
+    refuse_tied("apply", root, names_of, config.k)
     group_of = group_names({names[0]: module for module, names in names_of.items()})
     members: dict[str, list[nn.Module]] = {}
     for module, names in names_of.items():
@@ -257,13 +257,22 @@ def match(root: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if name in matched}
 
 
+def target_names(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Return the last parts of the layers' names, or, where others have them too, whole names."""
+    leaves = {name.rpartition(".")[2] for name in layers}
+    named = {clean_name(name) for name, _ in root.named_modules()}
+    if {name for name in named if name.rpartition(".")[2] in leaves} == layers.keys():
+        return tuple(sorted(leaves))
+    return tuple(layers)
+
+
 def _short_name(name: str) -> str:
     """Return the last part of a module's name, with its list if that part is a number."""
     parts = clean_name(name).split(".")
     return ".".join(parts[-2:]) if parts[-1].isdecimal() else parts[-1]
 
 
-def _refuse_tied(root: nn.Module, names_of: dict[nn.Module, list[str]], k: int) -> None:
+def refuse_tied(op: str, root: nn.Module, names_of: dict[nn.Module, list[str]], k: int) -> None:
     """Raise ValueError for a target that is also another layer, or whose weight is."""
     owners: dict[int, dict[nn.Module, str]] = {}
     for name, module in root.named_modules():
@@ -273,7 +282,7 @@ def _refuse_tied(root: nn.Module, names_of: dict[nn.Module, list[str]], k: int) 
         name = clean_name(names[0])
         if k > 0 and len(names) > 1:
             raise ValueError(
-                f"apply: {name} and {clean_name(names[1])} are one module under two names; with "
+                f"{op}: {name} and {clean_name(names[1])} are one module under two names; with "
                 f"k = {k} it would join its pool once and be counted twice. Give each layer its "
                 "own module, or use k = 0"
             )
@@ -281,7 +290,7 @@ def _refuse_tied(root: nn.Module, names_of: dict[nn.Module, list[str]], k: int) 
             others = [n for m, n in owners[id(parameter)].items() if m is not module]
             if others:
                 raise ValueError(
-                    f"apply: {name}.{leaf} is tied to {others[0]}; an update of one would not "
+                    f"{op}: {name}.{leaf} is tied to {others[0]}; an update of one would not "
                     f"reach the other, and merging would change both. Untie them, or leave "
                     f"{name.rpartition('.')[2]!r} out of target_modules"
                 )

@@ -85,12 +85,12 @@ def merge_layers(
             for names in _groups(layers, elements=None):
                 rasa_merge_([weights[name] for name in names], _adapters(layers, names))
         for names in _groups(layers, elements=_ELEMENTS_HELD):
-            deltas = rasa_delta_weights(_adapters(layers, names))
-            for name, delta in zip(names, deltas, strict=True):
+            for name, delta in zip(names, _deltas(layers, names), strict=True):
                 if rounding == "stochastic":
                     _add_stochastically(weights[name], delta, generator)
                 norms[name] = _norms(weights[name], originals[name], delta)
         report = _report(op, weights, norms)
+        _warn_of_losses(op, report)  # here, so that a warning made an error merges nothing
     except BaseException:
         for name, weight in weights.items():
             weight.copy_(originals[name])
@@ -98,7 +98,6 @@ def merge_layers(
     for name, layer in layers.items():
         layer.original_weight = originals[name]
         layer.merged = True
-    _warn_of_losses(op, report)
     return report
 
 
@@ -175,6 +174,13 @@ def _adapters(layers: Mapping[str, RaSALinear], names: list[str]) -> Adapters:
     """Return the layers' adapters, with updates in the layout in which each weight is stored."""
     chosen = [layers[name] for name in names]
     return adapters_of(chosen, [is_transposed(layer.base_layer) for layer in chosen])
+
+
+def _deltas(layers: Mapping[str, RaSALinear], names: list[str]) -> Iterator[Tensor]:
+    """Yield the layers' updates, computed in one launch, and keep none that was used."""
+    deltas = rasa_delta_weights(_adapters(layers, names))[::-1]
+    while deltas:
+        yield deltas.pop()
 
 
 def _row_pieces(weight: Tensor) -> Iterator[slice]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,25 +19,12 @@ from rasa_ext.base_layer import (
 from rasa_ext.layer_ops import adapters_of, rasa_delta_weights
 from rasa_ext.merging import LayerMerge, merge_layers
 from rasa_ext.ops import rasa_add, rasa_linear
+from rasa_ext.update import init_gates, init_rank_weights, tensor_of
 
 if TYPE_CHECKING:
     from rasa_ext.deferred import DeferredPoolGradients
 
 _MAX_SEED = 2**63 - 1
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    """Return module.name; past nn.Module's attribute lookup, which costs as much as a small op."""
-    tensor = module._parameters.get(name)
-    # Elsewhere: a constant d (a buffer), and what FSDP1 or a parametrisation put in its place.
-    return getattr(module, name) if tensor is None else tensor
-
-
-def _init_rank_weights(A: Tensor, Bt: Tensor) -> None:
-    """Initialise A Kaiming-uniform(a=sqrt 5) and Bt zero, as the authors (and LoRA) do."""
-    if A.numel() > 0:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    nn.init.zeros_(Bt)
 
 
 class SharedPool(nn.Module):
@@ -85,7 +71,7 @@ class SharedPool(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw A_shared anew and set Bt_shared to zero."""
-        _init_rank_weights(self.A_shared, self.Bt_shared)
+        init_rank_weights(self.A_shared, self.Bt_shared)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""
@@ -196,21 +182,13 @@ class RaSALinear(nn.Module):
                 f"({pool.in_features}, {pool.out_features}, {pool.k})"
             )
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw A anew, set Bt to zero and d to the authors' values (k = 0: alpha / r).
 
         Half of alpha goes to the shared ranks, half to the layer's own: 0.5*alpha/Rs, 0.5*alpha/Rp.
         """
-        _init_rank_weights(self.A, self.Bt)
-        Rp = self.r - self.k
-        Rs = self.d.numel() - Rp
-        if self.k == 0:
-            self.d.fill_(self.alpha / self.r)
-            return
-        self.d[:Rs] = 0.5 * self.alpha / Rs
-        if Rp > 0:
-            self.d[Rs:] = 0.5 * self.alpha / Rp
+        init_rank_weights(self.A, self.Bt)
+        init_gates(self.d, self.r - self.k, self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return base_layer(x) plus the update; see the class for the formula.
@@ -256,11 +234,11 @@ class RaSALinear(nn.Module):
 
     def _adapter(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return A, A_shared, Bt, Bt_shared, d."""
-        A, Bt, d = _tensor(self, "A"), _tensor(self, "Bt"), _tensor(self, "d")
+        A, Bt, d = tensor_of(self, "A"), tensor_of(self, "Bt"), tensor_of(self, "d")
         pool = self.pool
         if pool is None:
             return A, self._no_A_shared, Bt, self._no_Bt_shared, d
-        return A, _tensor(pool, "A_shared"), Bt, _tensor(pool, "Bt_shared"), d
+        return A, tensor_of(pool, "A_shared"), Bt, tensor_of(pool, "Bt_shared"), d
 
     def compute(self, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         """Return the output for x as a matrix, with the mask of this seed."""

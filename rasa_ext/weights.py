@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rasa_ext.base_layer import adapter_dtype, check_config, features
+from rasa_ext.base_layer import check_config
+from rasa_ext.contents import check_finite, check_tensors, expected_of_layers, expected_of_plan
 from rasa_ext.injection import (
     Config,
     Group,
@@ -24,10 +23,12 @@ from rasa_ext.injection import (
     inject,
     plan,
     summarize,
+    target_names,
     unwrapped,
 )
 from rasa_ext.merging import MergeReport, merge_layers
 from rasa_ext.module import RaSALinear, SharedPool
+from rasa_ext.storage import replace_file
 
 FORMAT_VERSION = "1"
 
@@ -49,7 +50,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 f"adapter_state_dict: the pool of {name} belongs to no module of the model, so "
                 "state_dict() and optimizers miss it. Register it on the root once"
             )
-    for key, (symbols, shape, _) in _expected_of_layers(root).items():
+    for key, (symbols, shape, _) in expected_of_layers(root).items():
         got = list(parameters[key].shape)
         if got != shape:
             raise ValueError(
@@ -71,43 +72,22 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     root = unwrapped(model)
     tensors = adapter_state_dict(root)
     for key, tensor in tensors.items():
-        _check_finite("save_adapter", key, tensor)
+        check_finite("save_adapter", key, tensor)
     # "format" is what other readers of safetensors files look for.
     metadata = {"format": "pt", "rasa_ext": FORMAT_VERSION, "config": _config_json(root)}
-    # A link's target is replaced, not the link.
-    target = Path(path).resolve()
+    target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"save_adapter: {path} is a folder; name a file in it")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"save_adapter: the folder of {path} does not exist")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         # Copies: safetensors refuses views of one storage, which flattened parameters are.
         copies = {key: t.to("cpu", copy=True).contiguous() for key, t in tensors.items()}
-        with open(temporary, "xb") as file:
-            file.write(save(copies, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        replace_file(target, save(copies, metadata))
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"save_adapter: {path} could not be written and is as it was: {error}"
         ) from error
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-    _flush_names(target.parent)
-
-
-def _flush_names(folder: Path) -> None:
-    """Return when the folder's list of names is on disk, where the file system can do that."""
-    # Where it cannot (some network mounts), the rename has happened all the same: no failed save.
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Summary:
@@ -127,12 +107,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Summary:
     layers = adapted_layers(root)
     groups: list[Group] = []
     if layers:
-        expected = _expected_of_layers(root)
+        expected = expected_of_layers(root)
         _check_layers(layers, config)
     else:
         groups = plan(root, config)
-        expected = _expected_of_plan(groups, config)
-    _check_tensors(path, tensors, expected)
+        expected = expected_of_plan("load_adapter", groups, config)
+    check_tensors("load_adapter", path, tensors, expected)
     if not layers:
         inject(root, groups, config)
     with torch.no_grad():
@@ -164,7 +144,7 @@ def merge(
     repeats under a `generator` (of the weights' device) in the same state.
 
     Keeps the original weights for unmerge(): the adapted layers take twice their weight's memory,
-    and no more than 256 MiB of updates (or the largest layer's) are held beside that.
+    and some 256 MiB of updates (or two of the largest layers') are held beside that.
 
     Raises ValueError if the model has no adapters, a sum would not be finite, two layers have one
     weight, or rounding and generator do not fit; RuntimeError if a layer is merged already;
@@ -206,93 +186,6 @@ def _parameters(root: nn.Module) -> dict[str, Tensor]:
     }
 
 
-# By parameter name: the shape in symbols and in numbers, and the dtype.
-Expected = dict[str, tuple[str, list[int], torch.dtype]]
-
-
-def _expected_of_layers(root: nn.Module) -> Expected:
-    """Return what the adapters of a model hold, from their configuration."""
-    expected: Expected = {}
-    for name, module in root.named_modules():
-        prefix = clean_name(f"{name}.").removeprefix(".")
-        if isinstance(module, SharedPool):
-            K, N, Rs = module.in_features, module.out_features, module.k * module.num_layers
-            expected |= _expected_of_pool(prefix, K, N, Rs, module.A_shared.dtype)
-        elif isinstance(module, RaSALinear):
-            K, N, pool = module.in_features, module.out_features, module.pool
-            Rs = 0 if pool is None else pool.k * pool.num_layers
-            expected |= _expected_of_layer(prefix, K, N, module.r - module.k, Rs, module.A.dtype)
-    return expected
-
-
-def _expected_of_plan(groups: list[Group], config: Config) -> Expected:
-    """Return what the adapters of a plain model will hold after inject()."""
-    expected: Expected = {}
-    for group in groups:
-        K, N = features(group.modules[0]) or (0, 0)
-        Rs = config.k * len(group.modules)
-        for names, module in zip(group.names, group.modules, strict=True):
-            dtype = adapter_dtype("load_adapter", module, config.dtype)
-            prefix = f"{clean_name(names[0])}."
-            expected |= _expected_of_layer(prefix, K, N, config.r - config.k, Rs, dtype)
-        if config.k > 0:
-            dtype = adapter_dtype("load_adapter", group.modules[0], config.dtype)
-            expected |= _expected_of_pool(f"rasa_pools.{group.name}.", K, N, Rs, dtype)
-    return expected
-
-
-def _expected_of_pool(prefix: str, K: int, N: int, Rs: int, dtype: torch.dtype) -> Expected:
-    return {
-        f"{prefix}A_shared": ("(Rs, K)", [Rs, K], dtype),
-        f"{prefix}Bt_shared": ("(Rs, N)", [Rs, N], dtype),
-    }
-
-
-def _expected_of_layer(
-    prefix: str, K: int, N: int, Rp: int, Rs: int, dtype: torch.dtype
-) -> Expected:
-    expected: Expected = {
-        f"{prefix}A": ("(Rp, K)", [Rp, K], dtype),
-        f"{prefix}Bt": ("(Rp, N)", [Rp, N], dtype),
-    }
-    if Rs > 0:
-        expected[f"{prefix}d"] = ("(Rs + Rp)", [Rs + Rp], dtype)
-    return expected
-
-
-def _check_tensors(
-    path: str | os.PathLike[str], tensors: dict[str, Tensor], expected: Expected
-) -> None:
-    """Raise ValueError for the first tensor that does not fit, saying how many more do not."""
-    problems = []
-    for key in sorted(expected.keys() & tensors.keys()):
-        symbols, shape, dtype = expected[key]
-        got = list(tensors[key].shape)
-        if got != shape:
-            problems.append(f"{key} must be {symbols} = {shape}, got {got}")
-        elif tensors[key].dtype != dtype:
-            problems.append(f"{key} must be {dtype}, got {tensors[key].dtype}")
-    for key in sorted(expected.keys() - tensors.keys()):
-        problems.append(
-            f"{key} must be {expected[key][0]} = {expected[key][1]}, got no such tensor"
-        )
-    for key in sorted(tensors.keys() - expected.keys()):
-        problems.append(f"{key} is unknown to the model, got shape {list(tensors[key].shape)}")
-    if problems:
-        more = f"; {len(problems) - 1} more do not fit" if len(problems) > 1 else ""
-        raise ValueError(f"load_adapter: {path} does not fit the model: {problems[0]}{more}")
-    for key, tensor in tensors.items():
-        _check_finite("load_adapter", key, tensor)
-
-
-def _check_finite(op: str, key: str, tensor: Tensor) -> None:
-    bad = tensor.numel() - int(tensor.isfinite().sum())
-    if bad > 0:
-        raise ValueError(
-            f"{op}: {key} must be finite, got {bad} of {tensor.numel()} values NaN or inf"
-        )
-
-
 def _check_layers(layers: dict[str, RaSALinear], config: Config) -> None:
     """Raise for what the shapes cannot tell about adapters that exist already."""
     for name, layer in layers.items():
@@ -317,17 +210,8 @@ def _config_json(root: nn.Module) -> str:
     r, k, alpha, dropout = configs.pop()
     dtypes = {layer.A.dtype for layer in layers.values()}
     dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
-    config = Config(r, k, alpha, _target_modules(root, layers), dropout)
+    config = Config(r, k, alpha, target_names(root, layers), dropout)
     return json.dumps(asdict(config) | {"dtype": dtype})
-
-
-def _target_modules(root: nn.Module, layers: dict[str, RaSALinear]) -> tuple[str, ...]:
-    """Return the last parts of the layers' names, or, where others have them too, whole names."""
-    leaves = {name.rpartition(".")[2] for name in layers}
-    named = {clean_name(name) for name, _ in root.named_modules()}
-    if {name for name in named if name.rpartition(".")[2] in leaves} == layers.keys():
-        return tuple(sorted(leaves))
-    return tuple(layers)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Config, dict[str, Tensor]]:

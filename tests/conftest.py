@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -31,5 +31,21 @@ def device(request: pytest.FixtureRequest) -> str:
 def micro_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """The library's micro-kernels, and the loops that serve where a CPU lacks them."""
     rasa_ext._C.set_portable(request.param == "portable")
+    yield request.param
+    rasa_ext._C.set_portable(False)
+
+
+@pytest.fixture
+def cpu_launcher() -> Iterator[Callable[[str], None]]:
+    """Sets what runs the CPU's programs (csrc/cpu/launch.h) for one test."""
+    yield rasa_ext._C.set_cpu_launcher
+    rasa_ext._C.set_cpu_launcher("tiles")
+
+
+@pytest.fixture(params=["tiles", "portable", "library"])
+def launcher(request: pytest.FixtureRequest, cpu_launcher: Callable[[str], None]) -> Iterator[str]:
+    """The CPU backend, the same without micro-kernels, and torch's own ops in its place."""
+    rasa_ext._C.set_portable(request.param == "portable")
+    cpu_launcher("library" if request.param == "library" else "tiles")
     yield request.param
     rasa_ext._C.set_portable(False)

@@ -143,7 +143,7 @@ def authors_update(layer: RaSALinear, x: Tensor) -> Tensor:
     if layer.pool is not None:
         A = torch.cat([layer.pool.A_shared, A])
         Bt = torch.cat([layer.pool.Bt_shared, Bt])
-    return ((x @ A.T) * layer.d) @ Bt
+    return ((x @ A.to(x.dtype).T) * layer.d.to(x.dtype)) @ Bt.to(x.dtype)
 
 
 def authors_layer(layer: RaSALinear, x: Tensor) -> Tensor:

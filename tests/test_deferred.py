@@ -390,7 +390,7 @@ def op_formula(dtype: torch.dtype, arguments: tuple) -> list[Tensor]:
     ],
     ids=str,
 )
-def test_33_segments_with_their_own_seeds_and_scales_add_in_place(dtypes, micro_kernel):
+def test_33_segments_with_their_own_seeds_and_scales_add_in_place(dtypes, launcher):
     arguments = op_arguments(*dtypes)
     exact = op_formula(torch.float64, arguments)
     plain = op_formula(dtypes[1], arguments)

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_models import authors_model, logits, tokens
+from reference import assert_accurate
 from safetensors.torch import load_file
+
+import rasa_ext
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -107,6 +111,24 @@ def test_adapter_reloads_in_a_new_process_and_merges(finished):
     _, printed = finished
     assert re.search(r"Reloaded in process \d+: [\d,]+ logits identical, bit for bit", printed)
     assert re.search(r"Merged: logits equal within \S+ \(relative, tolerance 1e-05\)", printed)
+
+
+def test_the_exported_lora_gives_stock_peft_the_same_logits(finished, model_folder):
+    import peft
+    import transformers
+
+    output, printed = finished
+    words = {"num_hidden_layers": 2, "local_files_only": True}
+    adapted = transformers.AutoModelForCausalLM.from_pretrained(model_folder, **words)
+    rasa_ext.load_adapter(adapted, output / "adapter.safetensors")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder, **words)
+    lora = peft.PeftModel.from_pretrained(base, output / "lora").eval()
+    ids = tokens(rows=2, length=20)
+
+    exact = logits(authors_model(adapted).double(), ids)
+
+    assert_accurate(logits(lora, ids), logits(authors_model(adapted), ids), exact)
+    assert "as LoRA: servers need a max_lora_rank of 16\n" in printed  # R = 8 - 1 + 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -116,7 +116,7 @@ def flat_names(given: dict[str, list[Tensor]]) -> list[str]:
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
-def test_every_layer_and_gradient_equals_the_authors_formula(dtypes, micro_kernel):
+def test_every_layer_and_gradient_equals_the_authors_formula(dtypes, launcher):
     given = inputs(*dtypes)
 
     def together(fn):

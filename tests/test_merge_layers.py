@@ -68,7 +68,7 @@ def formula(adapters: Adapters, i: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
-def test_all_updates_of_one_call_equal_the_formula(dtype, micro_kernel):
+def test_all_updates_of_one_call_equal_the_formula(dtype, launcher):
     adapters = random_adapters(dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     for i, delta in enumerate(rasa_delta_weights(adapters)):
@@ -501,6 +501,20 @@ def test_an_interruption_leaves_every_layer_as_it_was(step, monkeypatch):
     monkeypatch.setattr(merging, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         rasa_ext.merge(model)
+
+    assert nothing_changed(model, bits)
+
+
+def test_a_warning_made_an_error_leaves_every_layer_as_it_was():
+    model = trained().bfloat16()
+    for layer in adapted_layers(model).values():
+        layer.d.data.mul_(1e-4)
+    bits = snapshot_bits(model)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="changed the update"):
+            rasa_ext.merge(model)
 
     assert nothing_changed(model, bits)
 

@@ -1,10 +1,11 @@
-// Accumulators → C: C = C_in + keep_scale · scale_m ∘ sum, rounded once.
+// Accumulators → C = C_in + keep_scale · scale_m ∘ sum, rounded once; or → a partial, as they are.
 //
 // A lane's accumulators are 8 bytes of each of many rows. Each warp passes 16 rows at a time
 // through shared memory, so that its loads of C_in and stores of C are whole sectors.
 #pragma once
 
 #include "element.cuh"
+#include "operand_tile.cuh"
 
 namespace rasa::cuda {
 
@@ -13,11 +14,25 @@ struct EpilogueRows {
   const uint64_t* C_in;
 };
 
+// The addresses of rows first … of partial `split`; 0 for a row of C that is not wanted.
+__device__ __forceinline__ void write_partial_rows(uint64_t* table, int num_rows,
+                                                   const KernelArgs& args,
+                                                   const ProblemArg& problem, int first,
+                                                   int split) {
+  const float* partial =
+      args.workspace_floats(problem.partials_at) + split * partial_size(problem.M, problem.N);
+  for (int i = threadIdx.x; i < num_rows; i += blockDim.x) {
+    const int m = first + i;
+    const bool is_wanted = m < problem.M && row_address(args, problem.C, m) != 0;
+    table[i] = is_wanted ? reinterpret_cast<uint64_t>(partial + partial_size(m, problem.N)) : 0;
+  }
+}
+
 // rows16 (16, kWarpN): the warp's rows from row0 of the tile on, at columns n0 of C.
 template <int kWarpN, int kPitch, class Element>
 __device__ __forceinline__ void store_rows(const float* rows16, const EpilogueRows& rows, int row0,
                                            int m0, int n0, const ProblemArg& problem,
-                                           const void* scale_m, DType scale_dtype) {
+                                           DType scale_dtype) {
   constexpr int kQuads = kWarpN / 4;
 #pragma unroll 2
   for (int index = threadIdx.x % 32; index < 16 * kQuads; index += 32) {
@@ -26,14 +41,41 @@ __device__ __forceinline__ void store_rows(const float* rows16, const EpilogueRo
     const uint64_t out = rows.C[row0 + row];
     if (out == 0 || count <= 0) continue;
     float4 v = *reinterpret_cast<const float4*>(rows16 + row * kPitch + column);
+    if (problem.partials_at >= 0) {
+      *reinterpret_cast<float4*>(out + int64_t{4} * (n0 + column)) = v;
+      continue;
+    }
     float factor = problem.keep_scale;
-    if (scale_m != nullptr) factor *= load_scale(scale_m, m0 + row0 + row, scale_dtype);
+    if (problem.scale_m != nullptr) {
+      factor *= load_scale(problem.scale_m, m0 + row0 + row, scale_dtype);
+    }
     v = {v.x * factor, v.y * factor, v.z * factor, v.w * factor};
     if (const uint64_t in = rows.C_in[row0 + row]) {
       const float4 base = load_4<Element>(in, n0 + column, count, problem.C_in);
       v = {v.x + base.x, v.y + base.y, v.z + base.z, v.w + base.w};
     }
     store_4<Element>(out, n0 + column, count, problem.C, v);
+  }
+}
+
+// row_dots[m0 + row] = Σ_n row_dot_with ∘ sum over the warp's columns, for the same rows.
+template <int kWarpN, int kPitch, class Element>
+__device__ __forceinline__ void store_row_dots(const float* rows16, float* row_dots, int m0, int n0,
+                                               const ProblemArg& problem, const KernelArgs& args) {
+  constexpr int kQuads = kWarpN / 4;
+  static_assert(32 % kQuads == 0, "whole rows are in a warp's lanes at once");
+#pragma unroll 1
+  for (int index = threadIdx.x % 32; index < 16 * kQuads; index += 32) {
+    const int row = index / kQuads, column = index % kQuads * 4;
+    const int m = m0 + row, count = problem.N - (n0 + column);
+    const uint64_t with = m < problem.M ? row_address(args, problem.row_dot_with, m) : 0;
+    const float4 w =
+        load_4<Element>(with, n0 + column, with == 0 ? 0 : count, problem.row_dot_with);
+    const float4 v = *reinterpret_cast<const float4*>(rows16 + row * kPitch + column);
+    float sum = v.x * w.x + v.y * w.y + v.z * w.z + v.w * w.w;
+#pragma unroll
+    for (int step = kQuads / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (column == 0 && m < problem.M) row_dots[m] = sum;
   }
 }
 

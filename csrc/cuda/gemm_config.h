@@ -21,8 +21,9 @@ enum class ConfigId : int8_t {
   kWgrad160,
   kWgradScaled,
   kMerge,
+  kReduce,  // no tile shape: the sum of partials, reduce_kernel.cuh
 };
-constexpr int kNumConfigs = 12;
+constexpr int kNumConfigs = 12;  // tile shapes
 
 struct TileConfig {
   Layout layout;

@@ -13,6 +13,10 @@
 //   NT   A (M,K)   B (N,K)     NN   A (M,K)   B (K,N)     TN   A (K,M)   B (K,N)
 // Rows along M or N have one table per segment, rows along k one per k block, written a turn ahead.
 //
+// A long reduction is split into ranges of k blocks: each is a tile of its own, whose sums go to
+// the workspace as they are. reduce_kernel.cuh adds them. So does row_dot, one part for each warp
+// column.
+//
 // Invariant at the top of the k loop: the copies of k blocks k … k + kStages - 2 are committed, one
 // group each, and no warp reads stage (k - 1) % kStages after the barrier.
 //
@@ -20,10 +24,13 @@
 // is_aligned are 16-byte aligned in base and row stride; dropout only where kDropout.
 #pragma once
 
+#include <type_traits>
+
 #include "dropout.cuh"
 #include "epilogue.cuh"
 #include "gemm_config.h"
 #include "operand_tile.cuh"
+#include "split.h"
 
 namespace rasa::cuda {
 
@@ -36,6 +43,11 @@ class GemmTile {
   static constexpr int kThreads = kTile.threads(), kStages = kTile.stages;
   static constexpr bool kAByK = kTile.A_rows_are_k(), kBByK = kTile.B_rows_are_k();
   static constexpr Layout kLayout = kTile.layout;
+  // An NN reduction, over the rank, is short.
+  static constexpr bool kSplits = kLayout != Layout::kNN;
+  // B is the smaller operand, but fp16 has no room for the product of two small factors, and Bt
+  // starts from zero.
+  static constexpr bool kScalesA = std::is_same_v<Element, __half>;
   // Two stages are for a short reduction, of a block or two: registers are worth more.
   static constexpr bool kUnrolls = kStages > 2;
   using ATile = TileLayout<kAByK ? kBlockK : kBlockM, kAByK ? kBlockM : kBlockK>;
@@ -53,27 +65,34 @@ class GemmTile {
         warp_m_(threadIdx.x / 32 / kTile.warps_n * kWarpM),
         warp_n_(threadIdx.x / 32 % kTile.warps_n * kWarpN) {
     const int tiles_m = ceil_div(problem_.M, kBlockM), tiles_n = ceil_div(problem_.N, kBlockN);
-    const int first = args.tile_start(args.problem_of(tile));
-    const TileCoord coord = tile_coord(kLayout, tile - first, tiles_m, tiles_n);
+    const int in_problem = tile - args.tile_start(args.problem_of(tile));
+    const int num_tiles = tiles_m * tiles_n;
+    if constexpr (kSplits) split_ = in_problem / num_tiles;
+    const TileCoord coord = tile_coord(kLayout, in_problem - split_ * num_tiles, tiles_m, tiles_n);
     m0_ = coord.m * kBlockM;
     n0_ = coord.n * kBlockN;
   }
 
   __device__ void run() {
     Accumulators acc = {};
+    int first_k = 0;  // k blocks of the segments before
     for (int s = 0; s < problem_.num_segments; ++s) {
       const SegmentArg& segment = args_.segment(problem_.first_segment + s);
+      const int num_k = ceil_div(segment.K, kBlockK);
+      const KRange k =
+          kSplits ? split_range(split_, problem_.k_per_split, first_k, num_k) : KRange{0, num_k};
+      first_k += num_k;
+      if (k.begin >= k.end) continue;
       if constexpr (kTile.scales_segments) {
         Accumulators sum = {};
-        add_segment(sum, segment);
+        add_segment(sum, segment, k);
         add_scaled(acc, sum, segment.scale_m);
       } else {
         // Segments share the accumulators: they are summed in registers, never in memory.
-        add_segment(acc, segment);
+        add_segment(acc, segment, k);
       }
     }
-    const bool one_scale = !kTile.scales_segments && problem_.num_segments == 1;
-    store(acc, one_scale ? args_.segment(problem_.first_segment).scale_m : nullptr);
+    store(acc);
   }
 
  private:
@@ -99,32 +118,32 @@ class GemmTile {
 
   __device__ void load_stage(const SegmentArg& segment, int k) const {
     const int k0 = k * kBlockK;
+    const void* A_scale = kScalesA ? segment.scale_k : nullptr;
+    const void* B_scale = kScalesA ? nullptr : segment.scale_k;
     const TileColumns A_columns = {
-        kAByK ? m0_ : k0, kAByK ? problem_.M : segment.K, nullptr, 0, false, args_.scale_dtype};
+        kAByK ? m0_ : k0, kAByK ? problem_.M : segment.K, A_scale, k0, kAByK, args_.scale_dtype};
     const TileColumns B_columns = {
-        kBByK ? n0_ : k0, kBByK ? problem_.N : segment.K, segment.scale_k, k0, kBByK,
-        args_.scale_dtype};
+        kBByK ? n0_ : k0, kBByK ? problem_.N : segment.K, B_scale, k0, kBByK, args_.scale_dtype};
     load_tile<ATile, kThreads, kUnrolls, Element>(A_stage(k), A_rows(k), A_columns, segment.A);
     load_tile<BTile, kThreads, kUnrolls, Element>(B_stage(k), B_rows(k), B_columns, segment.B);
   }
 
-  // acc += op(A_s) · scale_k ∘ op(B_s)
-  __device__ void add_segment(Accumulators& acc, const SegmentArg& segment) {
+  // acc += op(A_s) · scale_k ∘ op(B_s), over the k blocks of `range`.
+  __device__ void add_segment(Accumulators& acc, const SegmentArg& segment, const KRange& range) {
     if constexpr (kDropout) seed_ = static_cast<uint64_t>(*segment.seed);
-    const int num_k = ceil_div(segment.K, kBlockK);
     __syncthreads();  // the tables and stages of the segment or tile before are read
     write_fixed_rows(segment);
     // kStages - 1 turns that only load come first: one loop, so the loads' code exists once.
 #pragma unroll 1
-    for (int k = 1 - kStages; k < num_k; ++k) {
+    for (int k = range.begin + 1 - kStages; k < range.end; ++k) {
       const int next = k + kStages - 1;
-      if (next < num_k) write_k_rows(segment, next);
+      if (next < range.end) write_k_rows(segment, next);
       cp_async_wait<kStages - 2>();  // leaves exactly the newer ones pending: k has landed
       // k and the tables of next are visible to all; k - 1 is read, its stage may be overwritten.
       __syncthreads();
-      if (next < num_k) load_stage(segment, next);
+      if (next < range.end) load_stage(segment, next);
       cp_async_commit();
-      if (k >= 0) compute_stage(acc, k);
+      if (k >= range.begin) compute_stage(acc, k);
     }
     cp_async_wait<0>();
   }
@@ -226,12 +245,16 @@ class GemmTile {
     }
   }
 
-  __device__ void store(Accumulators& acc, const void* scale_m) const {
+  __device__ void store(Accumulators& acc) const {
     uint64_t* C_rows = tables() + kTile.A_entries() + kTile.B_entries();
     uint64_t* C_in_rows = C_rows + kBlockM;
     __syncthreads();  // every warp has read the last stage, and the last tile's rows of C
-    write_rows(C_rows, kBlockM, args_, problem_.C, m0_, problem_.M);
-    write_rows(C_in_rows, kBlockM, args_, problem_.C_in, m0_, problem_.M);
+    if (problem_.partials_at >= 0) {
+      write_partial_rows(C_rows, kBlockM, args_, problem_, m0_, split_);
+    } else {
+      write_rows(C_rows, kBlockM, args_, problem_.C, m0_, problem_.M);
+      write_rows(C_in_rows, kBlockM, args_, problem_.C_in, m0_, problem_.M);
+    }
     __syncthreads();  // the tables are written
     constexpr int kPitch = kTile.staging_pitch();
     float* rows16 = reinterpret_cast<float*>(smem_) + threadIdx.x / 32 * 16 * kPitch;
@@ -240,10 +263,25 @@ class GemmTile {
       if constexpr (kDropout && kLayout == Layout::kNN) drop_sums(acc[i], i);
       stage_rows<kTilesN, kPitch>(rows16, acc[i]);
       __syncwarp();  // the warp's rows are staged
-      store_rows<kWarpN, kPitch, Element>(rows16, {C_rows, C_in_rows}, warp_m_ + 16 * i, m0_,
-                                          n0_ + warp_n_, problem_, scale_m, args_.scale_dtype);
+      const int row0 = warp_m_ + 16 * i, n0 = n0_ + warp_n_;
+      if constexpr (kLayout == Layout::kTN) {
+        if (problem_.row_dots_at >= 0) {
+          store_row_dots<kWarpN, kPitch, Element>(rows16, row_dots(), m0_ + row0, n0, problem_,
+                                                  args_);
+        }
+      }
+      store_rows<kWarpN, kPitch, Element>(rows16, {C_rows, C_in_rows}, row0, m0_, n0, problem_,
+                                          args_.scale_dtype);
       __syncwarp();  // they are read, the next ones may be staged
     }
+  }
+
+  // One vector (M) for each split, tile column and warp column.
+  __device__ float* row_dots() const {
+    const int64_t column =
+        (int64_t{split_} * ceil_div(problem_.N, kBlockN) * kBlockN + n0_) / kWarpN;
+    return args_.workspace_floats(problem_.row_dots_at) +
+           (column + warp_n_ / kWarpN) * partial_size(1, problem_.M);
   }
 
   __device__ void drop_sums(float (&acc)[kTilesN][4], int i) const {
@@ -267,7 +305,8 @@ class GemmTile {
   const int lane_;
   const int warp_m_, warp_n_;  // the warp's corner in the tile
   int m0_, n0_;                // the tile's corner in C
-  uint64_t seed_ = 0;          // of the current segment
+  int split_ = 0;
+  uint64_t seed_ = 0;  // of the current segment
 };
 
 template <ConfigId kId, class Element, bool kDropout>

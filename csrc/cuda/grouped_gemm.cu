@@ -1,5 +1,6 @@
 // The kernels that exist: has_dropout_kernel() in gemm_config.h says the same to the plan.
 #include "gemm_kernel_sm80.cuh"
+#include "reduce_kernel.cuh"
 
 namespace rasa::cuda {
 
@@ -86,5 +87,7 @@ template __global__ void grouped_gemm_sm80<ConfigId::kMerge, BFloat16, false>(
     const __grid_constant__ KernelArgs);
 template __global__ void grouped_gemm_sm80<ConfigId::kMerge, Half, false>(
     const __grid_constant__ KernelArgs);
+template __global__ void reduce_partials<BFloat16>(const __grid_constant__ KernelArgs);
+template __global__ void reduce_partials<Half>(const __grid_constant__ KernelArgs);
 
 }  // namespace rasa::cuda

@@ -27,10 +27,24 @@ struct SegmentArg {
 struct ProblemArg {
   int32_t M, N;
   int32_t first_segment, num_segments;
-  MatrixArg C, C_in;
+  MatrixArg C, C_in, row_dot_with;
+  const void* scale_m;  // of the whole sum; nullptr where each segment has its own
   uint32_t drop_threshold;
   float keep_scale;  // of the sum: 1 without dropout
+  // The reduction's k blocks, those of all segments counted on, are shared out to splits: tiles of
+  // their own, which follow those of the split before.
+  int32_t k_per_split;
+  // The partials and row dots that reduce_partials sums: fp32, rows padded to 4. In units of
+  // kWorkspaceUnit bytes; -1: none, the tile stores C itself.
+  int32_t partials_at, row_dots_at;
+  int32_t num_partials;
 };
+
+constexpr int kWorkspaceUnit = 16;
+constexpr int32_t kUnsplit = INT32_MAX;  // k_per_split
+
+// Floats of one partial (M,N).
+RASA_HD constexpr int64_t partial_size(int64_t M, int64_t N) { return M * round_up(N, 4); }
 
 struct KernelArgs {
   // Scratch memory of a group's launches, aligned to 256 bytes. The launcher fills it in.
@@ -39,6 +53,10 @@ struct KernelArgs {
   int32_t segments_at, blocks_at, tile_starts_at;  // in data, in bytes; problems are at 0
   DType scale_dtype;
   alignas(8) unsigned char data[32760 - 32];
+
+  RASA_HD float* workspace_floats(int32_t at) const {
+    return static_cast<float*>(workspace) + int64_t{at} * (kWorkspaceUnit / 4);
+  }
 
   // By reference, never by value: a reference compiles to loads from the constant bank, a copy to
   // local memory.
@@ -70,7 +88,7 @@ struct KernelArgs {
   }
 };
 static_assert(sizeof(KernelArgs) <= kMaxArgBytes, "a kernel's arguments take 32,764 bytes at most");
-static_assert(sizeof(SegmentArg) == 48 && sizeof(ProblemArg) == 40 && sizeof(Block) == 16,
+static_assert(sizeof(SegmentArg) == 48 && sizeof(ProblemArg) == 72 && sizeof(Block) == 16,
               "224 merges of two blocks each must fit two launches");
 
 struct TileCoord {

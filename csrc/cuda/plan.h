@@ -4,21 +4,16 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
-#include "../philox.h"
+#include "args_builder.h"
 #include "gemm_config.h"
 #include "kernel_args.h"
+#include "split.h"
 
 namespace rasa::cuda {
-
-// What the plan needs to know of the GPU.
-struct DeviceInfo {
-  int32_t num_sms;
-};
 
 struct Launch {
   ConfigId config;
@@ -39,7 +34,7 @@ struct GroupPlan {
 class GroupPlanner {
  public:
   GroupPlanner(const Program& program, const Group& group, const DeviceInfo& device)
-      : program_(program), group_(group), device_(device) {
+      : program_(program), group_(group), device_(device), builder_(program) {
     if (program.dtype != DType::kBF16 && program.dtype != DType::kF16) {
       throw std::invalid_argument("the CUDA kernels compute in bfloat16 or float16");
     }
@@ -47,25 +42,18 @@ class GroupPlanner {
 
   // Problems of one group do not depend on each other: those of one kernel are launched together.
   GroupPlan plan() {
-    std::vector<Launch> launches;
-    const int32_t end = group_.first_problem + group_.num_problems;
     for (int config = 0; config < kNumConfigs; ++config) {
       for (const bool has_dropout : {false, true}) {
         kernel_ = {static_cast<ConfigId>(config), has_dropout};
-        for (int32_t i = group_.first_problem; i < end; ++i) {
-          const Problem& p = program_.problems[i];
-          if (p.M == 0 || p.N == 0 || !runs_here(p)) continue;
-          if (!append(p)) {
-            launches.push_back(finish());
-            if (!append(p)) {
-              throw std::invalid_argument("a problem has more segments than one launch can take");
-            }
-          }
-        }
-        if (!problems_.empty()) launches.push_back(finish());
+        add_problems();
+        if (!builder_.is_empty()) launch();
       }
     }
-    return {std::move(launches), 0};
+    add_empty_row_dots();
+    kernel_ = {ConfigId::kReduce, false};
+    for (const Reduction& r : reductions_) add_reduction(r);
+    if (!builder_.is_empty()) launch();
+    return {std::move(launches_), workspace_units_ * kWorkspaceUnit};
   }
 
  private:
@@ -74,16 +62,30 @@ class GroupPlanner {
     bool has_dropout;
   };
 
-  const Segment& segment(const Problem& p, int32_t i) const {
-    return program_.segments[p.first_segment + i];
+  // Segments of a problem that one launch computes.
+  struct Piece {
+    int32_t first_segment, num_segments;  // in the program
+    int32_t num_k, num_splits;
+  };
+
+  // What reduce_partials sums.
+  struct Reduction {
+    ProblemArg arg;
+    Problem problem;
+    Block row_dot;  // C, where ptr is not null
+  };
+
+  const Segment* segments(const Problem& p) const {
+    return program_.segments.data() + p.first_segment;
   }
 
   bool runs_here(const Problem& p) const {
+    if (p.M == 0 || p.N == 0) return false;
     int64_t max_K = 0;
     bool has_scale_m = false;
     for (int32_t i = 0; i < p.num_segments; ++i) {
-      max_K = std::max<int64_t>(max_K, segment(p, i).K);
-      has_scale_m |= segment(p, i).scale_m != nullptr;
+      max_K = std::max<int64_t>(max_K, segments(p)[i].K);
+      has_scale_m |= segments(p)[i].scale_m != nullptr;
     }
     const bool drops = p.drop_threshold > 0;
     ConfigId id = select_config(group_.layout, p.M, p.N, max_K, has_scale_m && p.num_segments > 1);
@@ -91,106 +93,166 @@ class GroupPlanner {
     if (drops && !has_dropout_kernel(id)) {
       throw std::invalid_argument("no kernel has dropout and a scale_m for each segment");
     }
-    if (p.row_dot != nullptr) throw std::invalid_argument("no kernel has row_dot");
     return id == kernel_.config && drops == kernel_.has_dropout;
   }
 
-  // False if the launch is full; nothing is appended then.
-  bool append(const Problem& p) {
-    const size_t old_segments = segments_.size(), old_blocks = blocks_.size();
+  TileConfig tile() const { return tile_config(kernel_.config); }
+  int64_t num_slots() const {
+    return int64_t{device_.num_sms} * blocks_per_sm(kernel_.config, kernel_.has_dropout);
+  }
+  int64_t num_tiles(const Problem& p) const {
+    return ceil_div(p.M, tile().block_m) * ceil_div(p.N, tile().block_n);
+  }
+  int32_t num_k(const Segment* segments, int32_t count) const {
+    int64_t sum = 0;
+    for (int32_t i = 0; i < count; ++i) sum += ceil_div(segments[i].K, tile().block_k);
+    return static_cast<int32_t>(std::min<int64_t>(sum, kUnsplit));
+  }
+
+  // The problems of kernel_.
+  void add_problems() {
+    std::vector<const Problem*> problems;
+    std::vector<SplitWork> work;
+    for (int32_t i = 0; i < group_.num_problems; ++i) {
+      const Problem& p = program_.problems[group_.first_problem + i];
+      if (!runs_here(p)) continue;
+      problems.push_back(&p);
+      work.push_back({num_tiles(p), num_k(segments(p), p.num_segments)});
+    }
+    if (problems.empty()) return;
+    const int32_t k_per_split = choose_k_per_split(work.data(), static_cast<int>(work.size()),
+                                                   tile(), device_, num_slots());
+    for (const Problem* p : problems) add_problem(*p, k_per_split);
+  }
+
+  void add_problem(const Problem& p, int32_t k_per_split) {
+    const std::vector<Piece> pieces = cut(p, k_per_split);
     ProblemArg arg = {};
     arg.M = p.M;
     arg.N = p.N;
-    arg.first_segment = static_cast<int32_t>(segments_.size());
-    arg.num_segments = p.num_segments;
-    arg.C = matrix(p.C);
-    arg.C_in = matrix(p.C_in);
-    arg.drop_threshold = p.drop_threshold;
-    arg.keep_scale = static_cast<float>(keep_scale(arg.drop_threshold));
-    for (int32_t i = 0; i < p.num_segments; ++i) {
-      const Segment& s = segment(p, i);
-      segments_.push_back({s.scale_k, s.scale_m, matrix(s.A), matrix(s.B), s.seed, s.K, 0});
+    arg.partials_at = arg.row_dots_at = -1;
+    if (p.num_segments == 1 && !tile().scales_segments) arg.scale_m = segments(p)->scale_m;
+    int32_t splits = 0;
+    for (const Piece& piece : pieces) splits += piece.num_splits;
+    if (splits > 1) {
+      Reduction r = {arg, p, {}};
+      r.problem.row_dot_with = {};
+      r.arg.num_partials = splits;
+      r.arg.partials_at = arg.partials_at = allocate(splits * partial_size(p.M, p.N));
+      reductions_.push_back(r);
     }
-    problems_.push_back(arg);
-    const TileConfig tile = tile_config(kernel_.config);
-    const int64_t tiles = ceil_div(p.M, tile.block_m) * ceil_div(p.N, tile.block_n);
-    if (num_bytes() > sizeof(KernelArgs::data) || num_tiles_ + tiles > INT32_MAX) {
-      problems_.pop_back();
-      segments_.resize(old_segments);
-      blocks_.resize(old_blocks);
-      return false;
+    if (p.row_dot != nullptr) {
+      arg.row_dots_at = add_row_dot(p, splits * ceil_div(p.N, tile().block_n) * tile().warps_n);
     }
-    tile_starts_.push_back(static_cast<int32_t>(num_tiles_));
-    num_tiles_ += tiles;
-    return true;
+    for (const Piece& piece : pieces) {
+      const bool is_split = piece.num_splits > 1;
+      arg.k_per_split = is_split ? even_k_per_split(piece.num_k, k_per_split) : kUnsplit;
+      add_piece(arg, p, piece);
+      if (arg.partials_at >= 0) {
+        arg.partials_at +=
+            static_cast<int32_t>(piece.num_splits * partial_size(p.M, p.N) * 4 / kWorkspaceUnit);
+      }
+    }
   }
 
-  MatrixArg matrix(const Matrix& m) {
-    MatrixArg arg = {static_cast<uint16_t>(blocks_.size()), static_cast<uint16_t>(m.num_blocks),
-                     m.dtype == DType::kF32, 1};
-    if (m.num_blocks > 0 && m.dtype != DType::kF32 && m.dtype != program_.dtype) {
-      throw std::invalid_argument("an operand has neither the program's dtype nor float32");
-    }
-    for (int32_t i = 0; i < m.num_blocks; ++i) {
-      const Block& block = program_.blocks[m.first_block + i];
-      const bool is_aligned =
-          reinterpret_cast<uintptr_t>(block.ptr) % kChunkBytes == 0 &&
-          (block.rows == 1 || block.ld * element_size(m.dtype) % kChunkBytes == 0);
-      arg.is_aligned = arg.is_aligned && is_aligned;
-      blocks_.push_back(block);
-    }
-    return arg;
+  // To the launch being filled, or to the next one.
+  void add_piece(const ProblemArg& arg, const Problem& p, const Piece& piece) {
+    const Segment* first = program_.segments.data() + piece.first_segment;
+    const auto added = [&] {
+      return builder_.add(arg, p, builder_.list(p.C), first, piece.num_segments,
+                          num_tiles(p) * piece.num_splits);
+    };
+    if (added()) return;
+    if (!builder_.is_empty()) launch();
+    if (!added()) throw std::invalid_argument("a problem has more tiles than one launch can take");
   }
 
-  size_t num_bytes() const {
-    return problems_.size() * (sizeof(ProblemArg) + sizeof(int32_t)) +
-           segments_.size() * sizeof(SegmentArg) + blocks_.size() * sizeof(Block);
+  // All segments in one piece, or as many as a launch takes in each of several.
+  std::vector<Piece> cut(const Problem& p, int32_t k_per_split) const {
+    std::vector<Piece> pieces;
+    int32_t first = 0;
+    do {
+      int32_t count = std::min(p.num_segments - first, 1);
+      const Segment* s = segments(p) + first;
+      while (first + count < p.num_segments &&
+             ArgsBuilder::fits(ArgsBuilder::num_bytes(p, s, count + 1))) {
+        ++count;
+      }
+      if (!ArgsBuilder::fits(ArgsBuilder::num_bytes(p, s, count))) {
+        throw std::invalid_argument("one segment has more row blocks than one launch can take");
+      }
+      const int32_t k = num_k(s, count);
+      pieces.push_back({p.first_segment + first, count, k, num_splits(k, k_per_split)});
+      first += count;
+    } while (first < p.num_segments);
+    return pieces;
   }
 
-  Launch finish() {
-    const TileConfig tile = tile_config(kernel_.config);
-    Launch launch = {};
+  // A problem of one row. Returns where its partials are.
+  int32_t add_row_dot(const Problem& p, int64_t num_partials) {
+    Reduction r = {};
+    r.row_dot = {p.row_dot, 1, p.M};
+    r.problem.drop_threshold = p.drop_threshold;
+    r.arg.M = 1;
+    r.arg.N = p.M;
+    r.arg.num_partials = static_cast<int32_t>(num_partials);
+    r.arg.partials_at = allocate(num_partials * partial_size(1, p.M));
+    reductions_.push_back(r);
+    return r.arg.partials_at;
+  }
+
+  // Without columns there is no tile, and row_dot is zero.
+  void add_empty_row_dots() {
+    for (int32_t i = 0; i < group_.num_problems; ++i) {
+      const Problem& p = program_.problems[group_.first_problem + i];
+      if (p.M > 0 && p.N == 0 && p.row_dot != nullptr) add_row_dot(p, 0);
+    }
+  }
+
+  void add_reduction(const Reduction& r) {
+    const BlockList C = r.row_dot.ptr == nullptr ? builder_.list(r.problem.C)
+                                                 : BlockList{&r.row_dot, 1, program_.scale_dtype};
+    const int64_t columns = kReduceThreads / reduce_groups(r.arg.num_partials);
+    const int64_t tiles = ceil_div(r.arg.M * ceil_div(r.arg.N, 4), columns);
+    const auto added = [&] { return builder_.add(r.arg, r.problem, C, nullptr, 0, tiles); };
+    if (added()) return;
+    if (!builder_.is_empty()) launch();
+    if (!added()) throw std::invalid_argument("C has more row blocks than one launch can take");
+  }
+
+  // Where `floats` of the workspace begin, in kWorkspaceUnit bytes.
+  int32_t allocate(int64_t floats) {
+    const int64_t at = workspace_units_;
+    workspace_units_ += ceil_div(floats * 4, kWorkspaceUnit);
+    if (workspace_units_ > INT32_MAX - kReduceThreads) {
+      throw std::invalid_argument("partial sums would take more than 32 GiB");
+    }
+    return static_cast<int32_t>(at);
+  }
+
+  void launch() {
+    launches_.emplace_back();
+    Launch& launch = launches_.back();
     launch.config = kernel_.config;
     launch.element = program_.dtype;
     launch.has_dropout = kernel_.has_dropout;
-    launch.threads = tile.threads();
-    launch.smem_bytes = tile.smem_bytes();
+    const bool reduces = kernel_.config == ConfigId::kReduce;
+    launch.threads = reduces ? kReduceThreads : tile().threads();
+    launch.smem_bytes = reduces ? 0 : tile().smem_bytes();
     // Persistent: no more blocks than fit the GPU at once.
-    const int64_t resident =
-        int64_t{device_.num_sms} * blocks_per_sm(kernel_.config, kernel_.has_dropout);
-    launch.grid = static_cast<int32_t>(std::min(num_tiles_, resident));
-    KernelArgs& args = launch.args;
-    args.num_problems = static_cast<int32_t>(problems_.size());
-    args.num_tiles = static_cast<int32_t>(num_tiles_);
-    args.scale_dtype = program_.scale_dtype;
-    size_t at = 0;
-    const auto put = [&](const void* source, size_t bytes) {
-      if (bytes > 0) std::memcpy(args.data + at, source, bytes);
-      at += bytes;
-      return static_cast<int32_t>(at - bytes);
-    };
-    put(problems_.data(), problems_.size() * sizeof(ProblemArg));
-    args.segments_at = put(segments_.data(), segments_.size() * sizeof(SegmentArg));
-    args.blocks_at = put(blocks_.data(), blocks_.size() * sizeof(Block));
-    args.tile_starts_at = put(tile_starts_.data(), tile_starts_.size() * sizeof(int32_t));
-    problems_.clear();
-    segments_.clear();
-    blocks_.clear();
-    tile_starts_.clear();
-    num_tiles_ = 0;
-    return launch;
+    const int64_t resident = reduces ? int64_t{device_.num_sms} * kReduceBlocks : num_slots();
+    launch.grid = static_cast<int32_t>(std::min(builder_.num_tiles(), resident));
+    builder_.finish(launch.args);
   }
 
   const Program& program_;
   const Group& group_;
   const DeviceInfo device_;
+  ArgsBuilder builder_;
   Kernel kernel_ = {};
-  // Of the launch being filled.
-  std::vector<ProblemArg> problems_;
-  std::vector<SegmentArg> segments_;
-  std::vector<Block> blocks_;
-  std::vector<int32_t> tile_starts_;
-  int64_t num_tiles_ = 0;
+  std::vector<Launch> launches_;
+  std::vector<Reduction> reductions_;
+  int64_t workspace_units_ = 0;
 };
 
 inline GroupPlan plan(const Program& program, const Group& group, const DeviceInfo& device) {

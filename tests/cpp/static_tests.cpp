@@ -2,6 +2,7 @@
 // It is C++17 without torch, as kernels are, and so shows that the headers they share are too.
 #include "cuda/gemm_config.h"
 #include "cuda/kernel_args.h"
+#include "cuda/split.h"
 #include "gemm_problem.h"
 #include "host_device.h"
 #include "philox.h"
@@ -99,6 +100,67 @@ constexpr bool schedule_holds(Layout layout, int tiles_m, int tiles_n) {
 static_assert(schedule_holds(Layout::kNT, 7, 3) && schedule_holds(Layout::kNN, 7, 3) &&
                   schedule_holds(Layout::kTN, 1, 8) && schedule_holds(Layout::kTN, 8, 8),
               "every tile is computed once");
+
+// Segments of the given numbers of k blocks, split every way.
+constexpr bool splits_hold(int first, int second, int third) {
+  const int num_k[] = {first, second, third}, total = first + second + third;
+  for (int target = 1; target <= total + 1; ++target) {
+    const int splits = num_splits(total, target), k_per_split = even_k_per_split(total, target);
+    if (k_per_split > target || splits < 1) return false;
+    int is_done[48] = {};
+    for (int split = 0; split < splits; ++split) {
+      int count = 0;
+      for (int s = 0, first_k = 0; s < 3; first_k += num_k[s++]) {
+        const KRange range = split_range(split, k_per_split, first_k, num_k[s]);
+        for (int k = range.begin; k < range.end; ++k) {
+          if (is_done[first_k + k]++ > 0) return false;
+          ++count;
+        }
+      }
+      if (count == 0 && total > 0) return false;
+    }
+    for (int k = 0; k < total; ++k) {
+      if (is_done[k] == 0) return false;
+    }
+  }
+  return true;
+}
+constexpr bool splits_hold() {
+  for (int k = 0; k <= 48; ++k) {
+    if (!splits_hold(k, 0, 0)) return false;
+  }
+  for (int a = 0; a <= 7; ++a) {
+    for (int b = 0; b <= 7; ++b) {
+      if (!splits_hold(a, b, 3) || !splits_hold(a, 0, b)) return false;
+    }
+  }
+  return true;
+}
+static_assert(splits_hold(), "every k block is in one split, and no split is empty");
+static_assert(split_range(0, kUnsplit, 0, 5).end == 5 && split_range(0, kUnsplit, 40, 5).end == 5 &&
+                  split_range(0, kUnsplit, 40, 5).begin == 0,
+              "unsplit, all segments are one range");
+
+// Splits of M × N with a reduction over K, on a GPU of 132 SMs.
+constexpr int splits_of(Layout layout, int64_t M, int64_t N, int64_t K) {
+  const ConfigId id = select_config(layout, M, N, K, false);
+  const TileConfig tile = tile_config(id);
+  const SplitWork work = {ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n),
+                          static_cast<int32_t>(ceil_div(K, tile.block_k))};
+  const int64_t slots = 132 * blocks_per_sm(id, false);
+  return num_splits(work.num_k, choose_k_per_split(&work, 1, tile, {132}, slots));
+}
+static_assert(splits_of(Layout::kNT, 512, 40, 576) == 1 &&
+                  splits_of(Layout::kTN, 39, 576, 512) == 1,
+              "a small problem is not worth a second launch");
+static_assert(splits_of(Layout::kNT, 32768, 40, 4096) == 1 &&
+                  splits_of(Layout::kTN, 39, 32768, 4096) == 1,
+              "tiles that fill the GPU are not split");
+static_assert(splits_of(Layout::kNN, 128, 128, 160) == 1, "an expand's reduction is not split");
+static_assert(splits_of(Layout::kNT, 4096, 40, 4096) > 1 &&
+                  splits_of(Layout::kTN, 39, 4096, 4096) > 1 &&
+                  splits_of(Layout::kNT, 1, 40, 14336) > 4,
+              "few tiles of a long reduction are");
 
 constexpr bool configs_hold() {
   for (int id = 0; id < kNumConfigs; ++id) {

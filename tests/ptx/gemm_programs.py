@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ptx.planned_gemm import ProblemCase, SegmentCase
+from ptx.planned_gemm import Device, ProblemCase, SegmentCase
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 RANKS = {7: (0, 7), 14: (1, 13), 28: (16, 12), 39: (32, 7), 78: (64, 14), 156: (128, 28)}
@@ -23,6 +23,7 @@ class Group:
     make: Callable[[], list[ProblemCase]]
     dtype: torch.dtype = BF16
     scale_dtype: torch.dtype = BF16
+    device: Device = Device()
 
 
 class Maker:
@@ -86,6 +87,16 @@ def wgrad(m: Maker, tokens: int, N: int, R: int, wanted: tuple[bool, bool]) -> P
     return ProblemCase(R, N, [SegmentCase([g], [x], tokens, scale_m=m.scale(R))], out)
 
 
+def tiny(case: ProblemCase) -> ProblemCase:
+    """As early in training: Bt of 1e-5 and d of 0.2, whose product fp16 hardly holds."""
+    for s in case.segments:
+        assert s.scale_k is not None
+        s.scale_k[:] = s.scale_k.sign() * 0.2
+        for block in s.B:
+            block *= 1e-5
+    return replace(case, C=[torch.full((case.M, case.N), torch.nan)], C_in=[])
+
+
 def merge(m: Maker, N: int, K: int, R: int, pool: list[list[Tensor]] | None = None) -> ProblemCase:
     """W += [Bt_shared ; Bt]ᵀ · diag(d) · [A_shared ; A], in place; pool: shared blocks."""
     W, Bt, A = m.matrix(N, K), m.stack(R, N), m.stack(R, K)
@@ -114,6 +125,12 @@ def dropped(case: ProblemCase, p: float = 0.3) -> ProblemCase:
     ]
     segments = [replace(s, seed=seed) for s, seed in zip(case.segments, seeds, strict=True)]
     return replace(case, p=p, segments=segments)
+
+
+def dotted(m: Maker, case: ProblemCase) -> ProblemCase:
+    """The same with dd = Σ_n A ∘ (gᵀ · x)."""
+    weights = [m.matrix(t if isinstance(t, int) else t.shape[0], case.N, m.adapter) for t in case.C]
+    return replace(case, row_dot_with=weights, row_dot=m.empty(1, case.M, m.adapter)[0])
 
 
 def strided(m: Maker, extra: int) -> Maker:
@@ -157,6 +174,65 @@ def _segments(scaled: bool) -> list[Group]:
     ]
 
 
+SPLITTING = Device(num_sms=7, reduce_launch=0)
+
+
+def _splits(R: int, long: int, short: int) -> list[Group]:
+    """Long reductions of few tiles."""
+
+    def shrinks() -> list[ProblemCase]:
+        m = Maker()
+        return [shrink(m, 70, long, R), shrink(m, 33, short, R)]
+
+    def wgrads() -> list[ProblemCase]:
+        m = Maker()
+        return [
+            dotted(m, wgrad(m, short, 72, R, (False, True))),
+            dotted(m, wgrad(m, long, 136, R, (True, True))),
+        ]
+
+    return [
+        Group(f"shrink-split-R{R}", "NT", shrinks, device=SPLITTING),
+        Group(f"wgrad-split-R{R}", "TN", wgrads, device=SPLITTING),
+        Group(
+            f"shrink-split-drop-R{R}",
+            "NT",
+            lambda: [dropped(case) for case in shrinks()],
+            device=SPLITTING,
+        ),
+        Group(
+            f"wgrad-split-drop-R{R}",
+            "TN",
+            lambda: [dropped(case) for case in wgrads()],
+            device=SPLITTING,
+        ),
+    ]
+
+
+def _row_dots() -> list[Group]:
+    def make(wanted: tuple[bool, bool], M: int = 100, N: int = 152) -> ProblemCase:
+        m = Maker()
+        return dotted(m, wgrad(m, M, N, 39, wanted))
+
+    f32 = Maker(BF16, F32)
+    return [
+        Group("row-dot", "TN", lambda: [make((True, True))]),
+        Group("row-dot-alone", "TN", lambda: [make((False, False))]),
+        Group("row-dot-drop", "TN", lambda: [dropped(make((True, False)))]),
+        Group("row-dot-one-column", "TN", lambda: [make((True, True), N=1)]),
+        Group("row-dot-no-column", "TN", lambda: [make((True, True), N=0)]),
+        Group("row-dot-no-token", "TN", lambda: [make((True, True), M=0)]),
+        Group("row-dot-wide", "TN", lambda: [make((True, True), 30, 1100)]),
+        Group(
+            "row-dot-f32",
+            "TN",
+            lambda: [dotted(f32, wgrad(f32, 70, 136, 78, (True, True)))],
+            BF16,
+            F32,
+        ),
+    ]
+
+
 GROUPS: list[Group] = [
     *(g for R in (7, 14, 28) for g in _forms(f"R{R}", R, 33, 72, Maker)),
     *_forms("R39", 39, 200, 136, Maker),
@@ -165,6 +241,8 @@ GROUPS: list[Group] = [
     *_forms("f16", 39, 70, 136, lambda: Maker(F16)),
     *_forms("f32-adapter", 39, 70, 136, lambda: Maker(BF16, F32)),
     *_forms("f32-adapter-f16", 14, 33, 40, lambda: Maker(F16, F32)),
+    Group("expand-tiny-f16", "NN", lambda: [tiny(expand(Maker(F16, F32), 40, 72, 39))], F16, F32),
+    Group("merge-tiny-f16", "TN", lambda: [tiny(merge(Maker(F16), 168, 40, 14))], F16, F16),
     *_forms("aligned-stride", 39, 70, 136, lambda: strided(Maker(), 8)),
     *_forms("odd-stride", 39, 70, 136, lambda: strided(Maker(), 3)),
     *_forms("odd-width", 14, 33, 61, Maker),
@@ -176,4 +254,8 @@ GROUPS: list[Group] = [
     *_segments(scaled=False),
     *_segments(scaled=True),
     *(g for R in (39, 78, 156) for g in _dropout(R)),
+    *_row_dots(),
+    *_splits(39, 520, 392),
+    *_splits(78, 712, 392),
+    *_splits(156, 904, 608),
 ]

@@ -13,7 +13,7 @@ extern "C" {
 // The number of launches of the program's only group, -1 on an error.
 int plan_group(int layout, int dtype, int scale_dtype, const rasa::Problem* problems,
                int num_problems, const rasa::Segment* segments, int num_segments,
-               const rasa::Block* blocks, int num_blocks, int num_sms) {
+               const rasa::Block* blocks, int num_blocks, int num_sms, double reduce_launch) {
   rasa::Program program = {static_cast<rasa::DType>(dtype),
                            static_cast<rasa::DType>(scale_dtype),
                            {{static_cast<rasa::Layout>(layout), 0, num_problems}},
@@ -21,7 +21,7 @@ int plan_group(int layout, int dtype, int scale_dtype, const rasa::Problem* prob
                            {segments, segments + num_segments},
                            {blocks, blocks + num_blocks}};
   try {
-    group_plan = rasa::cuda::plan(program, program.groups[0], {num_sms});
+    group_plan = rasa::cuda::plan(program, program.groups[0], {num_sms, reduce_launch});
   } catch (const std::exception& error) {
     std::snprintf(message, sizeof(message), "%s", error.what());
     return -1;

@@ -24,6 +24,7 @@ KERNELS = CSRC / "cuda" / "grouped_gemm.cu"
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 LAYOUTS = {"NN": 0, "NT": 1, "TN": 2}
 NUM_SMS = 3
+REDUCE = 12  # ConfigId::kReduce
 
 
 class Block(C.Structure):
@@ -89,6 +90,8 @@ class ProblemCase:
     C: list[Tensor | int]
     C_in: list[Tensor] = field(default_factory=list)
     p: float = 0.0
+    row_dot_with: list[Tensor] = field(default_factory=list)
+    row_dot: Tensor | None = None
 
     @property
     def threshold(self) -> int:
@@ -109,6 +112,14 @@ def _shim() -> C.CDLL:
     library.launch_args.restype = C.c_void_p
     library.workspace_bytes.restype = C.c_int64
     return library
+
+
+@dataclass(frozen=True)
+class Device:
+    """rasa::cuda::DeviceInfo. A launch that costs nothing makes plans split short reductions."""
+
+    num_sms: int = NUM_SMS
+    reduce_launch: float = 8.0
 
 
 @dataclass(frozen=True)
@@ -133,7 +144,7 @@ class Planned:
         dtype: torch.dtype,
         problems: list[ProblemCase],
         scale_dtype: torch.dtype,
-        num_sms: int = NUM_SMS,
+        device: Device = Device(),
     ) -> None:
         """Copy the tensors and plan."""
         self.dtype, self.cases = dtype, problems
@@ -147,13 +158,18 @@ class Planned:
                 scales = (self._vector(s.scale_k), self._vector(s.scale_m), self._vector(s.seed))
                 segments.append(Segment(self._stack(s.A), self._stack(s.B), s.K, *scales))
             shape = (case.M, case.N, first, len(case.segments))
-            matrices = (self._stack(case.C_in), self._stack(case.C), Matrix(0, 0, 0))
-            rows.append(Problem(*shape, *matrices, None, case.threshold))
+            stacks = (self._stack(case.C_in), self._stack(case.C), self._stack(case.row_dot_with))
+            rows.append(Problem(*shape, *stacks, self._vector(case.row_dot), case.threshold))
         lists = [(Problem * len(rows))(*rows), (Segment * len(segments))(*segments)]
         lists.append((Block * len(self._blocks))(*self._blocks))
         sized = [x for array in lists for x in (array, len(array))]
         count = _shim().plan_group(
-            LAYOUTS[layout], DTYPES[dtype], DTYPES[scale_dtype], *sized, num_sms
+            LAYOUTS[layout],
+            DTYPES[dtype],
+            DTYPES[scale_dtype],
+            *sized,
+            device.num_sms,
+            C.c_double(device.reduce_launch),
         )
         if count < 0:
             raise ValueError(_shim().plan_error().decode())
@@ -196,7 +212,7 @@ class Planned:
     def _outputs(self) -> list[Output]:
         """Every element of every C is stored exactly once, and nothing else of its memory."""
         masks: dict[int, tuple[Buffer, Tensor]] = {}
-        for t in (t for case in self.cases for t in case.C if not isinstance(t, int) and t.numel()):
+        for t in (t for case in self.cases for t in case.C if isinstance(t, Tensor) and t.numel()):
             buffer = self.buffer(t)
             count = t.untyped_storage().nbytes() // t.element_size()
             _, mask = masks.setdefault(id(buffer), (buffer, torch.zeros(count, dtype=torch.bool)))
@@ -221,6 +237,11 @@ class Planned:
             )
         return results
 
+    def results(self) -> list[Tensor]:
+        """Every C and row_dot."""
+        written = [t for case in self.cases for t in (*case.C, case.row_dot)]
+        return [self.read(t) for t in written if isinstance(t, Tensor)]
+
     def read(self, t: Tensor) -> Tensor:
         """What the device memory of a tensor holds now."""
         return self.buffer(t).read().as_strided(t.shape, t.stride(), t.storage_offset())
@@ -230,6 +251,8 @@ def kernel_name(module: Module, launch: Launch, dtype: torch.dtype) -> str:
     """The instantiation that a launch names."""
     element = "13__nv_bfloat16" if dtype is torch.bfloat16 else "6__half"
     pattern = rf"ConfigIdE{launch.config}E{element}Lb{int(launch.has_dropout)}E"
+    if launch.config == REDUCE:
+        pattern = rf"reduce_partialsI{element}E"
     (name,) = (n for n in module.entries if re.search(pattern, n))
     return name
 
@@ -246,34 +269,52 @@ def formula(layout: str, case: ProblemCase, dtype: torch.dtype, C_dtype: torch.d
     if case.C_in:
         total += _axis(case.C_in, case.M).to(C_dtype)
     for s in case.segments:
-        mask = None
-        if case.threshold:
-            assert s.seed is not None
-            tokens = s.K if layout == "TN" else case.M
-            features = s.K if layout == "NT" else case.N
-            keep = dropout_mask(s.seed, tokens, features, case.p)
-            mask = keep.to(dtype) * (DRAWS / (DRAWS - case.threshold))
-        a = _axis(s.A, s.K if layout == "TN" else case.M).to(dtype)
-        b = _axis(s.B, case.N if layout == "NT" else s.K).to(dtype)
-        a = (a.T if layout == "TN" else a)[: case.M, : s.K]
-        b = (b.T if layout == "NT" else b)[: s.K, : case.N]
-        if mask is not None and layout != "NN":
-            a, b = (a * mask, b) if layout == "NT" else (a, b * mask)
-        if s.scale_k is not None:
-            b = s.scale_k.to(dtype)[:, None] * b
-        product = a @ b
-        if mask is not None and layout == "NN":
-            product = product * mask
+        product = _product(layout, case, s, dtype)
         if s.scale_m is not None:
             product = s.scale_m.to(dtype)[:, None] * product
         total = total + product.to(C_dtype)
     return total
 
 
+def _product(layout: str, case: ProblemCase, s: SegmentCase, dtype: torch.dtype) -> Tensor:
+    """op(A) · op(B) with dropout and scale_k."""
+    mask = None
+    if case.threshold:
+        assert s.seed is not None
+        tokens = s.K if layout == "TN" else case.M
+        features = s.K if layout == "NT" else case.N
+        keep = dropout_mask(s.seed, tokens, features, case.p)
+        mask = keep.to(dtype) * (DRAWS / (DRAWS - case.threshold))
+    a = _axis(s.A, s.K if layout == "TN" else case.M).to(dtype)
+    b = _axis(s.B, case.N if layout == "NT" else s.K).to(dtype)
+    a = (a.T if layout == "TN" else a)[: case.M, : s.K]
+    b = (b.T if layout == "NT" else b)[: s.K, : case.N]
+    if mask is not None and layout != "NN":
+        a, b = (a * mask, b) if layout == "NT" else (a, b * mask)
+    if s.scale_k is not None:
+        a = a * s.scale_k.to(dtype)
+    product = a @ b
+    return product * mask if mask is not None and layout == "NN" else product
+
+
+def row_dot(layout: str, case: ProblemCase, dtype: torch.dtype) -> Tensor:
+    """The contract's row_dot in plain torch."""
+    if not case.N:
+        return torch.zeros(case.M, dtype=dtype)
+    (segment,) = case.segments
+    with_ = _axis(case.row_dot_with, case.M).to(dtype)
+    return (with_ * _product(layout, case, segment, dtype)).sum(1)
+
+
 def check(planned: Planned, layout: str) -> None:
-    """Compare every C with float64 by the rule of reference.py."""
+    """Compare every C and row_dot with float64 by the rule of reference.py."""
     for i, case in enumerate(planned.cases):
-        written = [t for t in case.C if not isinstance(t, int)]
+        if case.row_dot is not None:
+            exact = row_dot(layout, case, torch.float64)
+            plain = row_dot(layout, case, planned.dtype)
+            out = planned.read(case.row_dot)
+            assert_accurate(out, plain, exact, f"problem {i}, row_dot", dtype=planned.dtype)
+        written = [t for t in case.C if isinstance(t, Tensor)]
         if not written or not case.M or not case.N:
             continue
         C_dtype = written[0].dtype

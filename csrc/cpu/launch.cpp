@@ -1,0 +1,49 @@
+// The CPU backend's launcher, and what may stand in for it in a test.
+#include "launch.h"
+
+#include <atomic>
+
+#include "../first_use.h"
+#include "../library_gemm.h"
+#include "dropout_mask.h"
+#include "grouped_gemm.h"
+
+namespace rasa::cpu {
+namespace {
+
+void run_library(const Program& program) { library_gemm(program, at::kCPU, draw_mask); }
+
+void run_truncating(const Program& program) {
+  Program shorter = program;
+  for (Segment& segment : shorter.segments) segment.K = segment.K > 0 ? segment.K - 1 : 0;
+  run_library(shorter);
+}
+
+template <LaunchFn run>
+void run_checked(const Program& program) {
+  static FirstUse first_use(run, [](const Program&) { return std::string("a CPU launcher"); });
+  first_use.check(program.dtype, at::kCPU);
+  run(program);
+}
+
+std::atomic<LaunchFn> launcher = grouped_gemm;
+
+}  // namespace
+
+void launch(const Program& program) { launcher.load(std::memory_order_relaxed)(program); }
+
+void set_launcher(const std::string& name) {
+  if (name == "tiles") {
+    launcher = grouped_gemm;
+  } else if (name == "library") {
+    launcher = run_library;
+  } else if (name == "verified") {
+    launcher = run_checked<grouped_gemm>;
+  } else {
+    TORCH_CHECK(name == "truncating",
+                "launcher must be tiles, library, verified or truncating, got ", name);
+    launcher = run_checked<run_truncating>;
+  }
+}
+
+}  // namespace rasa::cpu

@@ -1,0 +1,19 @@
+// The CPU backend's launcher, and what may stand in for it in a test.
+#pragma once
+
+#include <string>
+
+#include "../gemm_problem.h"
+
+namespace rasa::cpu {
+
+void launch(const Program& program);
+
+// Which launcher `launch` is, process-wide, for tests:
+//   tiles        the CPU backend
+//   library      torch's own ops, which the CUDA backend has for float32 and float64
+//   verified     tiles, checked at first use as the CUDA kernels are
+//   truncating   checked at first use too, but wrong: every reduction lacks its last product
+void set_launcher(const std::string& name);
+
+}  // namespace rasa::cpu

@@ -1,0 +1,125 @@
+// Problems of a group → the argument block of one launch.
+#pragma once
+
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "../philox.h"
+#include "kernel_args.h"
+#include "smem_layout.h"
+
+namespace rasa::cuda {
+
+// The row blocks of a Matrix.
+struct BlockList {
+  const Block* blocks = nullptr;
+  int32_t num_blocks = 0;
+  DType dtype = DType::kF32;
+};
+
+class ArgsBuilder {
+ public:
+  explicit ArgsBuilder(const Program& program) : program_(program) {}
+
+  // What a problem with these segments takes of KernelArgs::data.
+  static size_t num_bytes(const Problem& p, const Segment* segments, int32_t num_segments) {
+    int64_t blocks = int64_t{p.C.num_blocks} + p.C_in.num_blocks + p.row_dot_with.num_blocks;
+    for (int32_t i = 0; i < num_segments; ++i) {
+      blocks += int64_t{segments[i].A.num_blocks} + segments[i].B.num_blocks;
+    }
+    return num_bytes(1, num_segments, blocks);
+  }
+  static bool fits(size_t bytes) { return bytes <= sizeof(KernelArgs::data); }
+
+  // All of the problem, or nothing of it where it does not fit. Fills in what `arg` says of the
+  // matrices, the segments and dropout.
+  bool add(ProblemArg arg, const Problem& p, const BlockList& C, const Segment* segments,
+           int32_t num_segments, int64_t num_tiles) {
+    const size_t old_segments = segments_.size(), old_blocks = blocks_.size();
+    arg.first_segment = static_cast<int32_t>(old_segments);
+    arg.num_segments = num_segments;
+    arg.C = matrix(C);
+    arg.C_in = matrix(list(p.C_in));
+    arg.row_dot_with = matrix(list(p.row_dot_with));
+    arg.drop_threshold = p.drop_threshold;
+    arg.keep_scale = static_cast<float>(keep_scale(p.drop_threshold));
+    for (int32_t i = 0; i < num_segments; ++i) {
+      const Segment& s = segments[i];
+      segments_.push_back(
+          {s.scale_k, s.scale_m, matrix(list(s.A)), matrix(list(s.B)), s.seed, s.K, 0});
+    }
+    const size_t bytes = num_bytes(problems_.size() + 1, segments_.size(), blocks_.size());
+    if (!fits(bytes) || num_tiles_ + num_tiles > INT32_MAX) {
+      segments_.resize(old_segments);
+      blocks_.resize(old_blocks);
+      return false;
+    }
+    problems_.push_back(arg);
+    tile_starts_.push_back(static_cast<int32_t>(num_tiles_));
+    num_tiles_ += num_tiles;
+    return true;
+  }
+
+  BlockList list(const Matrix& m) const {
+    return {program_.blocks.data() + m.first_block, m.num_blocks, m.dtype};
+  }
+
+  bool is_empty() const { return problems_.empty(); }
+  int64_t num_tiles() const { return num_tiles_; }
+
+  // Writes the block and starts an empty one.
+  void finish(KernelArgs& args) {
+    args.workspace = nullptr;
+    args.num_problems = static_cast<int32_t>(problems_.size());
+    args.num_tiles = static_cast<int32_t>(num_tiles_);
+    args.scale_dtype = program_.scale_dtype;
+    size_t at = 0;
+    const auto put = [&](const void* source, size_t bytes) {
+      if (bytes > 0) std::memcpy(args.data + at, source, bytes);
+      at += bytes;
+      return static_cast<int32_t>(at - bytes);
+    };
+    put(problems_.data(), problems_.size() * sizeof(ProblemArg));
+    args.segments_at = put(segments_.data(), segments_.size() * sizeof(SegmentArg));
+    args.blocks_at = put(blocks_.data(), blocks_.size() * sizeof(Block));
+    args.tile_starts_at = put(tile_starts_.data(), tile_starts_.size() * sizeof(int32_t));
+    problems_.clear();
+    segments_.clear();
+    blocks_.clear();
+    tile_starts_.clear();
+    num_tiles_ = 0;
+  }
+
+ private:
+  static size_t num_bytes(size_t problems, size_t segments, size_t blocks) {
+    return problems * (sizeof(ProblemArg) + sizeof(int32_t)) + segments * sizeof(SegmentArg) +
+           blocks * sizeof(Block);
+  }
+
+  MatrixArg matrix(const BlockList& m) {
+    MatrixArg arg = {static_cast<uint16_t>(blocks_.size()), static_cast<uint16_t>(m.num_blocks),
+                     m.dtype == DType::kF32, 1};
+    if (m.num_blocks > 0 && m.dtype != DType::kF32 && m.dtype != program_.dtype) {
+      throw std::invalid_argument("an operand has neither the program's dtype nor float32");
+    }
+    for (int32_t i = 0; i < m.num_blocks; ++i) {
+      const Block& block = m.blocks[i];
+      const bool is_aligned =
+          reinterpret_cast<uintptr_t>(block.ptr) % kChunkBytes == 0 &&
+          (block.rows == 1 || block.ld * element_size(m.dtype) % kChunkBytes == 0);
+      arg.is_aligned = arg.is_aligned && is_aligned;
+      blocks_.push_back(block);
+    }
+    return arg;
+  }
+
+  const Program& program_;
+  std::vector<ProblemArg> problems_;
+  std::vector<SegmentArg> segments_;
+  std::vector<Block> blocks_;
+  std::vector<int32_t> tile_starts_;
+  int64_t num_tiles_ = 0;
+};
+
+}  // namespace rasa::cuda

@@ -1,0 +1,446 @@
+"""RaSA through PEFT: what it computes, with one adapter and with several."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import peft
+import pytest
+import torch
+from models import assert_as_accurate, randomize_adapters
+from peft_models import (
+    GROUPS,
+    KINDS,
+    LAYERS,
+    TARGETS,
+    adapted,
+    apply_model,
+    assert_same,
+    authors_layer,
+    base_model,
+    config,
+    layers,
+    logits,
+    pools_of,
+    tokens,
+    trained,
+    weights,
+)
+from torch import nn
+
+from rasa_ext.peft import RaSAConfig, RaSAModel
+
+# --- one adapter ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [0, 1, 4])
+def test_peft_computes_what_apply_computes(kind: str, k: int) -> None:
+    model = adapted(kind, k=k)
+
+    plain = apply_model(model, kind, k=k)
+
+    assert torch.equal(logits(model), logits(plain))
+    assert not torch.equal(logits(model), logits(base_model(kind)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [0, 1, 4])
+def test_a_new_adapter_leaves_the_function_as_it_was(kind: str, k: int) -> None:
+    model = peft.get_peft_model(base_model(kind), config(kind, k=k))
+
+    assert torch.equal(logits(model), logits(base_model(kind)))
+
+
+@pytest.mark.parametrize("k", [0, 1, 4])
+def test_a_new_adapter_starts_as_the_authors_do(k: int) -> None:
+    model = peft.get_peft_model(base_model(), config(k=k, alpha=8))
+
+    layer = layers(model)[0]
+    A, A_shared, Bt, Bt_shared, d = layer.adapter("default")
+    Rs, Rp = LAYERS * k, 4 - k
+    assert (A_shared.shape[0], A.shape[0]) == (Rs, Rp)
+    assert not Bt.any() and not Bt_shared.any()
+    half = 0.5 if k > 0 else 1.0
+    shared, private = [half * 8 / max(Rs, 1)] * Rs, [half * 8 / max(Rp, 1)] * Rp
+    assert torch.equal(d, torch.tensor(shared + private))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_adapters_train_and_each_pool_once(kind: str) -> None:
+    model = adapted(kind)
+
+    names = trained(model)
+
+    per_layer = {"rasa_A", "rasa_Bt", "rasa_d"}
+    pools = [name for name in names if "_shared" in name]
+    assert len(pools) == 2 * GROUPS[kind]
+    assert all(
+        name.startswith(("base_model.rasa_A_shared.", "base_model.rasa_Bt_shared."))
+        for name in pools
+    )
+    assert {name.split(".")[-2] for name in names if name not in pools} == per_layer
+    assert len(names) - len(pools) == 3 * len(layers(model))
+    assert len(pools_of(model, "default")) == 2 * GROUPS[kind]
+
+
+def test_a_layer_that_does_not_share_has_no_pool() -> None:
+    model = adapted(k=0)
+
+    assert not [
+        name for name, _ in model.named_parameters() if "shared" in name or "rasa_d" in name
+    ]
+    assert pools_of(model, "default") == set()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("k", [0, 2, 4])
+def test_a_layer_is_as_accurate_as_the_authors_formula(kind: str, k: int) -> None:
+    layer = layers(adapted(kind, k=k))[0]
+
+    assert_as_accurate(layer, authors_layer, layer, torch.randn(2, 5, layer.in_features))
+
+
+def test_dropout_acts_in_training_only_and_follows_the_generator() -> None:
+    model = adapted(dropout=0.5)
+    evaluated = logits(model)
+    model.train()
+
+    torch.manual_seed(3)
+    first = logits(model)
+    second = logits(model)
+    torch.manual_seed(3)
+
+    assert not torch.equal(first, evaluated) and not torch.equal(first, second)
+    assert torch.equal(logits(model), first)
+
+
+@pytest.mark.parametrize("size", [(5, 16), (16,), (0, 16), (2, 3, 4, 16)])
+def test_a_layer_takes_any_number_of_dimensions(size: tuple[int, ...]) -> None:
+    layer = layers(adapted())[0]
+
+    assert layer(torch.randn(*size)).shape == size[:-1] + (layer.out_features,)
+
+
+def test_a_base_layer_with_hooks_is_called() -> None:
+    model = adapted()
+    expected, layer = logits(model), layers(model)[0]
+    calls = []
+    layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+
+    out = logits(model)
+
+    assert calls == [1]
+    torch.testing.assert_close(out, expected)
+
+
+def test_copies_keep_sharing() -> None:
+    model = adapted()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        owned = {id(p) for p in twin.parameters()}
+
+        assert len(pools_of(twin, "default")) == 2 * GROUPS["llama"]
+        assert pools_of(twin, "default") <= owned
+        assert torch.equal(logits(twin), logits(model))
+
+
+# --- which layers --------------------------------------------------------------------------------
+
+
+def adapted_names(**kwargs) -> set[str]:
+    return set(peft.get_peft_model(base_model(), config(**kwargs)).base_model.targeted_module_names)
+
+
+def test_targets_are_chosen_as_in_peft() -> None:
+    two = {f"model.layers.{i}.self_attn.{q}" for i in range(LAYERS) for q in ("q_proj", "v_proj")}
+
+    assert adapted_names(target_modules=["q_proj", "v_proj"]) == two
+    assert adapted_names(target_modules=None) == two  # PEFT's choice for a Llama
+    assert adapted_names(target_modules=r".*\.(q|v)_proj") == two
+    assert adapted_names(target_modules="all-linear") == adapted_names()
+    assert adapted_names(exclude_modules=["k_proj", "o_proj"]) < adapted_names()
+    assert len(adapted_names(layers_to_transform=[0, 2])) == 2 * len(TARGETS["llama"])
+    assert len(adapted_names(layers_to_transform=1, layers_pattern="layers")) == 7
+
+
+def test_only_the_chosen_layers_share_a_pool() -> None:
+    model = peft.get_peft_model(base_model(), config(layers_to_transform=[0, 2]))
+
+    assert {layer.rasa_settings["default"].Rs for layer in layers(model)} == {2}
+
+
+def test_rank_and_alpha_patterns_change_private_ranks_and_gates() -> None:
+    patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 6}, "alpha_pattern": {"k_proj": 2.0}}
+    model = adapted(**patterns)
+
+    def settings(name: str):
+        layer = model.base_model.model.model.get_submodule(name)
+        return layer.rasa_settings["default"]
+
+    assert [settings(f"layers.{i}.self_attn.q_proj").Rp for i in range(3)] == [3, 5, 3]
+    assert settings("layers.0.self_attn.k_proj").alpha == 2.0
+    assert settings("layers.0.self_attn.q_proj").alpha == 16.0
+    for layer in layers(model)[:9]:
+        assert_as_accurate(layer, authors_layer, layer, torch.randn(4, layer.in_features))
+
+
+# --- several adapters ----------------------------------------------------------------------------
+
+
+def two_adapters(**other) -> nn.Module:
+    """Adapters "default" (k = 1) and "other" (k = 2), both random; "default" is active."""
+    model = adapted()
+    model.add_adapter("other", config(k=2, **other))
+    model.base_model.set_adapter(["default", "other"])
+    randomize_adapters(model, seed=5)
+    model.set_adapter("default")
+    return model.eval()
+
+
+def test_active_adapters_add_up() -> None:
+    model = two_adapters(target_modules=["q_proj", "down_proj"])
+    model.base_model.set_adapter(["default", "other"])
+
+    assert len(layers(model)[0].active_adapters) == 2
+    for layer in (layers(model)[0], layers(model)[6]):
+        x = torch.randn(4, layer.in_features)
+        if "other" in layer.rasa_settings:
+            assert_as_accurate(layer, authors_layer, layer, x)
+
+
+def test_every_adapter_keeps_its_own_pools_tied() -> None:
+    model = two_adapters()
+
+    first, second = pools_of(model, "default"), pools_of(model, "other")
+
+    assert len(first) == len(second) == 2 * GROUPS["llama"]
+    assert first.isdisjoint(second)
+    assert first | second <= {id(p) for p in model.parameters()}
+    assert layers(model)[0].rasa_pools["other"].A_shared.shape[0] == 2 * LAYERS
+
+
+def test_switching_adapters_switches_the_function_and_what_trains() -> None:
+    model = two_adapters()
+    first = logits(model)
+    assert all(".default" in name for name in trained(model))
+
+    model.set_adapter("other")
+
+    assert not torch.equal(logits(model), first)
+    assert all(".other" in name for name in trained(model))
+    assert len([name for name in trained(model) if "_shared.other." in name]) == 14
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+
+
+def test_training_one_adapter_leaves_the_other_bitwise() -> None:
+    model = two_adapters()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if ".other" in n}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(p.grad is not None and p.grad.any() for p in trained(model).values())
+
+
+def test_gradients_can_be_set_without_activating() -> None:
+    model = two_adapters()
+
+    model.set_requires_grad("other")
+    model.set_requires_grad("default", requires_grad=False)
+
+    assert all(".other" in name for name in trained(model))
+    assert len(trained(model)) == len(list(model.base_model.rasa_A_shared["other"])) * 2 + 3 * 21
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_disabling_gives_the_base_model_and_ends_with_the_context(kind: str) -> None:
+    model = adapted(kind)
+    before, names = logits(model), trained(model).keys()
+
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base_model(kind)))
+        assert not trained(model)
+
+    assert torch.equal(logits(model), before)
+    assert trained(model).keys() == names
+
+
+def test_disabling_a_merged_model_unmerges_it() -> None:
+    model = adapted()
+    before = logits(model)
+    model.merge_adapter()
+
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base_model()))
+
+    assert torch.equal(logits(model), before)
+
+
+def test_a_deleted_adapter_leaves_nothing() -> None:
+    model = two_adapters()
+    model.set_adapter("other")
+    kept = logits(model)
+
+    model.delete_adapter("default")
+
+    assert not [name for name in model.state_dict() if ".default" in name]
+    assert list(model.peft_config) == ["other"] and model.active_adapter == "other"
+    assert torch.equal(logits(model), kept)
+
+
+def test_deleting_the_active_adapter_activates_another_and_the_last_leaves_the_base() -> None:
+    model = two_adapters()
+
+    with pytest.warns(UserWarning, match="Setting active adapter to other"):
+        model.delete_adapter("default")
+    assert model.base_model.active_adapters == ["other"]
+    model.delete_adapter("other")
+
+    # The tuner: PeftModel.forward needs an active adapter.
+    assert torch.equal(logits(model.base_model), logits(base_model()))
+    assert not [name for name in model.state_dict() if "rasa" in name]
+
+
+def test_a_merged_adapter_is_not_deleted() -> None:
+    model = two_adapters()
+    model.merge_adapter()
+
+    with pytest.raises(ValueError, match="while they are merged"):
+        model.delete_adapter("default")
+
+
+def test_a_second_get_peft_model_keeps_the_first_adapter() -> None:
+    model = adapted()
+    before, base = logits(model), model.get_base_model()
+
+    with pytest.warns(UserWarning, match="multiple adapters"):
+        again = peft.get_peft_model(base, config(k=2), adapter_name="other")
+
+    assert pools_of(again, "default") <= {id(p) for p in again.parameters()}
+    again.set_adapter("default")
+    assert torch.equal(logits(again), before)
+
+
+def test_the_status_names_what_there_is() -> None:
+    model = two_adapters()
+
+    status = model.get_model_status()
+
+    assert status.peft_types == {"default": "RASA", "other": "RASA"}
+    assert status.requires_grad == {"default": True, "other": False}
+    assert (status.adapter_model_type, status.num_adapter_layers) == ("RaSAModel", 21)
+    assert status.trainable_params == sum(p.numel() for p in trained(model).values())
+    assert status.available_adapters == ["default", "other"]
+    assert isinstance(model.base_model, RaSAModel)
+
+
+# --- dtypes --------------------------------------------------------------------------------------
+
+
+def dtypes_of(model: nn.Module) -> set[torch.dtype]:
+    return {p.dtype for n, p in model.named_parameters() if "rasa_" in n}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [0, 1, 4])
+def test_adapters_of_half_models_are_float32_unless_told_otherwise(
+    dtype: torch.dtype, k: int
+) -> None:
+    models = {
+        torch.float32: peft.get_peft_model(base_model().to(dtype), config(k=k)),
+        dtype: peft.get_peft_model(
+            base_model().to(dtype), config(k=k), autocast_adapter_dtype=False
+        ),
+    }
+
+    for adapter_dtype, model in models.items():
+        assert dtypes_of(model) == {adapter_dtype}
+        out = randomize_adapters(model).eval()(input_ids=tokens()).logits
+        assert out.dtype == dtype and out.isfinite().all()
+        layer = layers(model)[0]
+        assert_as_accurate(layer, authors_layer, layer, torch.randn(4, 16, dtype=dtype))
+
+
+def test_adapters_of_double_models_are_double() -> None:
+    model = adapted(dtype=torch.float64)
+
+    assert dtypes_of(model) == {torch.float64}
+    assert logits(model).dtype == torch.float64
+
+
+def test_a_second_adapter_is_cast_too() -> None:
+    model = adapted(dtype=torch.bfloat16)
+
+    model.add_adapter("other", config(), autocast_adapter_dtype=False)
+
+    kinds = {n.rpartition(".")[2]: p.dtype for n, p in model.named_parameters() if "rasa_d" in n}
+    assert kinds == {"default": torch.float32, "other": torch.bfloat16}
+    assert model.base_model.rasa_A_shared["other"]["mlp__up_proj__24x16"].dtype == torch.bfloat16
+
+
+def test_a_quantised_base_of_another_dtype_gets_its_dtype_back() -> None:
+    class Rounded(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).to(torch.bfloat16)
+
+    model = peft.get_peft_model(
+        nn.Sequential(Rounded(8, 8), nn.Identity()), RaSAConfig(target_modules=["0"], k=0)
+    )
+
+    assert model(torch.randn(3, 8)).dtype == torch.bfloat16
+
+
+# --- modules_to_save and bias --------------------------------------------------------------------
+
+
+def test_modules_to_save_train_in_full() -> None:
+    model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
+
+    names = trained(model)
+
+    assert "base_model.model.lm_head.modules_to_save.default.weight" in names
+    assert all("rasa_" in name for name in names if "lm_head" not in name)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base_model()))
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "rasa_only"])
+def test_biases_train_as_in_peft(bias: str) -> None:
+    model = adapted("bert", bias=bias, target_modules=["query"])
+
+    biases = {name for name in trained(model) if name.endswith(".bias")}
+
+    targeted = {
+        name for name, _ in model.named_parameters() if name.endswith("query.base_layer.bias")
+    }
+    every = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    assert biases == {"none": set(), "all": every, "rasa_only": targeted}[bias]
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(trained(model)[name].grad is not None for name in targeted & biases)
+
+
+def test_disabling_with_trained_biases_warns() -> None:
+    model = adapted("bert", bias="all")
+
+    with (
+        pytest.warns(UserWarning, match="does not produce the same output"),
+        model.disable_adapter(),
+    ):
+        pass
+
+
+def test_unloading_gives_the_base_model_back() -> None:
+    model = two_adapters()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = model.unload()
+
+    assert_same(weights(plain), weights(base_model()))
+    assert not layers(plain) and torch.equal(logits(plain), logits(base_model()))
