@@ -5,6 +5,7 @@
 #   make test          the tests
 #   make check         what was built, and a self-check of every op
 #   make bench-quick   one table: frozen, LoRA, the authors' formula, rasa_ext
+#   make check-cuda-build   builds with CUDA, in an environment of its own; needs nvcc and no GPU
 #   make lint          what CI wants of the sources
 #   make clean         remove what was built
 
@@ -28,7 +29,7 @@ INSTALLED_TORCH := $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py
 
 HAS_TORCH := import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)
 
-.PHONY: demo test check bench-quick lint clean
+.PHONY: demo test check check-cuda-build bench-quick lint clean
 .NOTPARALLEL:
 
 demo: $(STAMP)-demo $(STAMP)-model
@@ -41,6 +42,16 @@ test: $(STAMP)-dev
 
 check: $(STAMP)-dev
 	cd $(VENV) && $(BIN)/python -m rasa_ext
+
+# The CUDA build of torch takes some 5 GB. ARCH="8.0" builds one architecture, which is faster.
+TORCH_CUDA ?= torch==2.14.1
+CUDA_VENV := build/cuda-venv
+check-cuda-build:
+	@command -v nvcc >/dev/null || { echo "make check-cuda-build: nvcc is not on PATH"; exit 1; }
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -c '$(HAS_TORCH)' || $(CUDA_VENV)/bin/python -m pip install '$(TORCH_CUDA)'
+	$(if $(ARCH),TORCH_CUDA_ARCH_LIST='$(ARCH)') $(CUDA_VENV)/bin/python -m pip install .
+	cd $(CUDA_VENV) && bin/python $(abspath tests/check_cuda_build.py)
 
 bench-quick: $(STAMP)-bench
 	$(BIN)/python benchmarks/bench.py step --quick $(ARGS)

@@ -86,6 +86,8 @@ class CMakeBuild(build_ext):
                 "CMAKE_CUDA_COMPILER": toolkit.root / "bin" / "nvcc",
                 "RASA_CUDA_GENCODE": ";".join(toolchain.gencode_flags(architectures)),
                 "RASA_CUDART": toolchain.find_cudart(torch, toolkit),
+                # One file holds most of the kernels: its architectures compile side by side.
+                "RASA_NVCC_THREADS": os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1),
             }
         defines = [f"-D{name}={value}" for name, value in options.items()]
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []

@@ -13,8 +13,7 @@ namespace rasa {
 
 template <class List>
 void check_length(const char* op, const List& list, const char* name, size_t num_layers) {
-  TORCH_CHECK(list.size() == num_layers, op, ": ", name,
-              " must have one entry for each layer = ", num_layers, ", got ", list.size());
+  check_entries(op, name, list.size(), num_layers);
 }
 
 // The adapters one by one, with an empty pool for layers without one.

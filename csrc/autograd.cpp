@@ -1,11 +1,11 @@
 // Autograd: one Function per op. Forward calls the op again below the Autograd key; backward calls
 // rasa_backward.
 #include <ATen/Functions.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "rasa_ops.h"
+#include "redispatch.h"
 
 namespace rasa {
 namespace {
@@ -13,161 +13,207 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using LinearSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&,
-                                                   const OptionalTensor&, const Tensor&,
-                                                   const Tensor&, const Tensor&, const Tensor&,
-                                                   const Tensor&, double, const OptionalTensor&);
+using OptionalTensorList = c10::List<OptionalTensor>;
+using LinearsSignature = std::tuple<std::vector<Tensor>, Tensor>(
+    const Tensor&, at::TensorList, const OptionalTensorList&, at::TensorList, at::TensorList,
+    at::TensorList, at::TensorList, at::TensorList, double, const OptionalTensor&);
 using AddSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                                 const Tensor&, const Tensor&, const Tensor&,
                                                 const Tensor&, double, const OptionalTensor&);
-using BackwardSignature = Gradients(const Tensor&, const Tensor&, const OptionalTensor&,
-                                    const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                    const Tensor&, const Tensor&, double, const OptionalTensor&,
-                                    WantedMask);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
+using BackwardSignature = std::vector<Tensor>(const OptionalTensorList&, const Tensor&,
+                                              const OptionalTensorList&, at::TensorList,
+                                              at::TensorList, at::TensorList, at::TensorList,
+                                              at::TensorList, const Tensor&, double,
+                                              const OptionalTensor&, const c10::List<bool>&);
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-void save(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight,
-          const Adapter& adapter, const Tensor& s, double p, const OptionalTensor& seed) {
-  ctx->save_for_backward({x, weight.value_or(Tensor()), adapter.A, adapter.A_shared, adapter.Bt,
-                          adapter.Bt_shared, adapter.d, s, seed.value_or(Tensor())});
+// What forward receives and saves is one list, so that a gradient's place in it is its tensor's: x,
+// then these of each layer; then the biases that there are. Of rasa_add, base stands for weight.
+enum Operand { kWeight, kA, kAShared, kBt, kBtShared, kd, kNumOperands };
+size_t operand(size_t layer, size_t which) { return 1 + layer * kNumOperands + which; }
+
+// One of the operands of every layer.
+variable_list column(at::TensorList operands, Operand which) {
+  variable_list result;
+  for (size_t i = operand(0, which); i < operands.size(); i += kNumOperands) {
+    result.push_back(operands[i]);
+  }
+  return result;
+}
+
+OptionalTensorList optional_column(at::TensorList operands, Operand which) {
+  OptionalTensorList result;
+  for (const Tensor& t : column(operands, which)) result.push_back(optional(t));
+  return result;
+}
+
+void save(AutogradContext* ctx, variable_list operands, const Tensor& s, double p,
+          const OptionalTensor& seed) {
+  operands.push_back(s);
+  operands.push_back(seed.value_or(Tensor()));
+  ctx->save_for_backward(std::move(operands));
   ctx->saved_data["p"] = p;
   ctx->mark_non_differentiable({s});
   ctx->set_materialize_grads(false);
 }
 
-// The gradients of x and the adapter, undefined where not wanted. edges: the position of each among
-// the tensors that forward received.
-std::array<Tensor, kNumWanted> backward_of_adapter(AutogradContext* ctx, const Tensor& dy,
-                                                   const variable_list& saved,
-                                                   const std::array<size_t, kNumWanted>& edges) {
+// The gradients of x and the adapters, each at its operand's place; undefined where not wanted.
+variable_list backward_of_adapters(AutogradContext* ctx, const variable_list& dy,
+                                   variable_list& saved) {
   static const auto op = find_op<BackwardSignature>("rasa_ext::rasa_backward");
-  WantedMask wanted;
-  bool any = false;
-  for (size_t i = 0; i < kNumWanted; ++i) any |= (wanted[i] = ctx->needs_input_grad(edges[i]));
-  std::array<Tensor, kNumWanted> grads;
-  if (!any) return grads;
-  auto [dx, dA, dA_shared, dBt, dBt_shared, dd] =
-      op.call(dy, saved[0], optional(saved[1]), saved[2], saved[3], saved[4], saved[5], saved[6],
-              saved[7], ctx->saved_data["p"].toDouble(), optional(saved[8]), wanted);
-  const std::array<Tensor, kNumWanted> all = {dx, dA, dA_shared, dBt, dBt_shared, dd};
-  for (size_t i = 0; i < kNumWanted; ++i) {
-    if (wanted[i]) grads[i] = all[i];
+  const OptionalTensor seed = optional(saved.back());
+  saved.pop_back();
+  const Tensor s = saved.back();
+  saved.pop_back();
+
+  variable_list result(saved.size());
+  std::vector<size_t> places = {0};  // of the op's gradients
+  OptionalTensorList given;
+  c10::List<bool> wanted;
+  wanted.push_back(ctx->needs_input_grad(0));
+  bool any = ctx->needs_input_grad(0);
+  for (size_t i = 0; operand(i, 0) < saved.size(); ++i) {
+    given.push_back(optional(dy[i]));
+    for (size_t which = kA; which < kNumOperands; ++which) {
+      places.push_back(operand(i, which));
+      wanted.push_back(dy[i].defined() && ctx->needs_input_grad(places.back()));
+      any |= wanted.get(wanted.size() - 1);
+    }
   }
-  return grads;
+  if (!any) return result;
+  const auto grads = op.call(given, saved[0], optional_column(saved, kWeight), column(saved, kA),
+                             column(saved, kAShared), column(saved, kBt), column(saved, kBtShared),
+                             column(saved, kd), s, ctx->saved_data["p"].toDouble(), seed, wanted);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (wanted.get(i)) result[places[i]] = grads[i];
+  }
+  return result;
 }
 
-struct RasaLinear : torch::autograd::Function<RasaLinear> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                               const OptionalTensor& bias, const Tensor& A, const Tensor& A_shared,
-                               const Tensor& Bt, const Tensor& Bt_shared, const Tensor& d, double p,
+struct RasaLinears : torch::autograd::Function<RasaLinears> {
+  // The biases are there for their edges.
+  static variable_list forward(AutogradContext* ctx, at::TensorList operands, at::TensorList,
+                               const OptionalTensorList& bias, double p,
                                const OptionalTensor& seed) {
-    static const auto op = find_op<LinearSignature>("rasa_ext::rasa_linear");
+    static const auto op = find_op<LinearsSignature>("rasa_ext::rasa_linears");
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, s] = op.call(x, weight, bias, A, A_shared, Bt, Bt_shared, d, p, seed);
-    save(ctx, x, weight, {A, A_shared, Bt, Bt_shared, d}, s, p, seed);
-    ctx->saved_data["has_bias"] = bias.has_value();
-    return {y, s};
+    auto [y, s] = op.call(operands[0], column(operands, kWeight), bias, column(operands, kA),
+                          column(operands, kAShared), column(operands, kBt),
+                          column(operands, kBtShared), column(operands, kd), p, seed);
+    save(ctx, operands.vec(), s, p, seed);
+    c10::List<bool> has_bias;
+    for (const OptionalTensor b : bias) has_bias.push_back(b && b->defined());
+    ctx->saved_data["has_bias"] = has_bias;
+    y.push_back(s);
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(10);  // one for each argument of forward
-    const Tensor& dy = grads[0];
-    if (!dy.defined()) return result;
-    const variable_list saved = ctx->get_saved_variables();
-    const size_t first = ctx->saved_data["has_bias"].toBool() ? 3 : 2;
-    const auto g =
-        backward_of_adapter(ctx, dy, saved, {0, first, first + 1, first + 2, first + 3, first + 4});
-    result[0] = g[kDx];
-    if (ctx->needs_input_grad(1)) result[1] = at::mm(dy.t(), saved[0]);
-    if (first == 3 && ctx->needs_input_grad(2)) result[2] = dy.sum(0);
-    for (size_t i = kDA; i < kNumWanted; ++i) result[2 + i] = g[i];
+    variable_list saved = ctx->get_saved_variables();
+    variable_list result = backward_of_adapters(ctx, grads, saved);
+    const c10::List<bool> has_bias = ctx->saved_data["has_bias"].toBoolList();
+    for (size_t i = 0; i < has_bias.size(); ++i) {
+      const Tensor& dy = grads[i];
+      const size_t weight = operand(i, kWeight);
+      if (dy.defined() && ctx->needs_input_grad(weight)) {
+        result[weight] = at::mm(dy.t(), saved[0]);
+      }
+      if (!has_bias.get(i)) continue;
+      const bool wanted = dy.defined() && ctx->needs_input_grad(result.size());
+      result.push_back(wanted ? dy.sum(0) : Tensor());
+    }
+    result.resize(result.size() + 3);  // bias, p, seed
     return result;
   }
 };
 
 struct RasaAdd : torch::autograd::Function<RasaAdd> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& base,
-                               const Tensor& A, const Tensor& A_shared, const Tensor& Bt,
-                               const Tensor& Bt_shared, const Tensor& d, double p,
+  static variable_list forward(AutogradContext* ctx, at::TensorList operands, double p,
                                const OptionalTensor& seed) {
     static const auto op = find_op<AddSignature>("rasa_ext::rasa_add");
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, s] = op.call(x, base, A, A_shared, Bt, Bt_shared, d, p, seed);
-    save(ctx, x, std::nullopt, {A, A_shared, Bt, Bt_shared, d}, s, p, seed);
+    const auto of = [&](Operand which) { return operands[operand(0, which)]; };
+    auto [y, s] = op.call(operands[0], of(kWeight), of(kA), of(kAShared), of(kBt), of(kBtShared),
+                          of(kd), p, seed);
+    variable_list saved = operands.vec();
+    saved[operand(0, kWeight)] = Tensor();  // base
+    save(ctx, std::move(saved), s, p, seed);
     return {y, s};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(9);
-    const Tensor& dy = grads[0];
-    if (!dy.defined()) return result;
-    const auto g = backward_of_adapter(ctx, dy, ctx->get_saved_variables(), {0, 2, 3, 4, 5, 6});
-    result[0] = g[kDx];
-    result[1] = dy;
-    for (size_t i = kDA; i < kNumWanted; ++i) result[1 + i] = g[i];
+    variable_list saved = ctx->get_saved_variables();
+    variable_list result = backward_of_adapters(ctx, grads, saved);
+    result[operand(0, kWeight)] = grads[0];
+    result.resize(result.size() + 2);  // p, seed
     return result;
   }
 };
 
-std::tuple<Tensor, Tensor> rasa_linear(const Tensor& x, const Tensor& weight,
-                                       const OptionalTensor& bias, const Tensor& A,
-                                       const Tensor& A_shared, const Tensor& Bt,
-                                       const Tensor& Bt_shared, const Tensor& d, double p,
-                                       const OptionalTensor& seed) {
-  const auto out = RasaLinear::apply(x, weight, bias, A, A_shared, Bt, Bt_shared, d, p, seed);
-  return {out[0], out[1]};
+std::tuple<std::vector<Tensor>, Tensor> rasa_linears(const Tensor& x, at::TensorList weight,
+                                                     const OptionalTensorList& bias,
+                                                     at::TensorList A, at::TensorList A_shared,
+                                                     at::TensorList Bt, at::TensorList Bt_shared,
+                                                     at::TensorList d, double p,
+                                                     const OptionalTensor& seed) {
+  check_linears_lists(weight.size(), bias.size(), {A, A_shared, Bt, Bt_shared, d});
+  variable_list operands = {x}, biases;
+  for (size_t i = 0; i < weight.size(); ++i) {
+    const OptionalTensor b = bias.get(i);
+    if (b && b->defined()) biases.push_back(*b);
+    operands.insert(operands.end(), {weight[i], A[i], A_shared[i], Bt[i], Bt_shared[i], d[i]});
+  }
+  variable_list y =
+      RasaLinears::apply(at::TensorList(operands), at::TensorList(biases), bias, p, seed);
+  Tensor s = y.back();
+  y.pop_back();
+  return {std::move(y), std::move(s)};
 }
 
 std::tuple<Tensor, Tensor> rasa_add(const Tensor& x, const Tensor& base, const Tensor& A,
                                     const Tensor& A_shared, const Tensor& Bt,
                                     const Tensor& Bt_shared, const Tensor& d, double p,
                                     const OptionalTensor& seed) {
-  const auto out = RasaAdd::apply(x, base, A, A_shared, Bt, Bt_shared, d, p, seed);
+  const variable_list operands = {x, base, A, A_shared, Bt, Bt_shared, d};
+  const auto out = RasaAdd::apply(at::TensorList(operands), p, seed);
   return {out[0], out[1]};
 }
 
-// Ops without a derivative refuse to be differentiated; recording nothing would give silent zeros.
-void refuse_grad(const char* op, const char* what, at::TensorList tensors) {
-  if (!at::GradMode::is_enabled()) return;
-  for (const Tensor& t : tensors) {
-    TORCH_CHECK(!t.defined() || !t.requires_grad(), op, ": ", what);
-  }
-}
-void refuse_grad_of_list(const char* op, const char* what,
-                         const c10::List<OptionalTensor>& tensors) {
+void refuse_grad_of_list(const char* op, const char* what, const OptionalTensorList& tensors) {
   for (const OptionalTensor& t : tensors) {
     if (t) refuse_grad(op, what, *t);
   }
 }
 
-Gradients rasa_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                        const Tensor& A, const Tensor& A_shared, const Tensor& Bt,
-                        const Tensor& Bt_shared, const Tensor& d, const Tensor& s, double p,
-                        const OptionalTensor& seed, WantedMask wanted) {
+std::vector<Tensor> rasa_backward(const OptionalTensorList& dy, const Tensor& x,
+                                  const OptionalTensorList& weight, at::TensorList A,
+                                  at::TensorList A_shared, at::TensorList Bt,
+                                  at::TensorList Bt_shared, at::TensorList d, const Tensor& s,
+                                  double p, const OptionalTensor& seed,
+                                  const c10::List<bool>& wanted) {
   static const auto op = find_op<BackwardSignature>("rasa_ext::rasa_backward");
-  refuse_grad("rasa_backward",
-              "a gradient of the gradient is not implemented; call backward without create_graph",
-              {dy, x, A, A_shared, Bt, Bt_shared, d});
+  constexpr const char* what =
+      "a gradient of the gradient is not implemented; call backward without create_graph";
+  refuse_grad_of_list("rasa_backward", what, dy);
+  refuse_grad("rasa_backward", what, x);
+  for (const at::TensorList& list : {A, A_shared, Bt, Bt_shared, d}) {
+    refuse_grad("rasa_backward", what, list);
+  }
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(dy, x, weight, A, A_shared, Bt, Bt_shared, d, s, p, seed, wanted);
 }
 
 using GroupedGemmSignature = std::vector<Tensor>(std::string_view, at::TensorList, at::TensorList,
-                                                 at::IntArrayRef, const c10::List<OptionalTensor>&,
-                                                 const c10::List<OptionalTensor>&,
-                                                 const c10::List<OptionalTensor>&,
+                                                 at::IntArrayRef, const OptionalTensorList&,
+                                                 const OptionalTensorList&,
+                                                 const OptionalTensorList&,
                                                  std::optional<at::ScalarType>);
 
 std::vector<Tensor> grouped_gemm(std::string_view layout, at::TensorList A, at::TensorList B,
-                                 at::IntArrayRef segments, const c10::List<OptionalTensor>& C_in,
-                                 const c10::List<OptionalTensor>& scale_m,
-                                 const c10::List<OptionalTensor>& scale_k,
+                                 at::IntArrayRef segments, const OptionalTensorList& C_in,
+                                 const OptionalTensorList& scale_m,
+                                 const OptionalTensorList& scale_k,
                                  std::optional<at::ScalarType> out_dtype) {
   static const auto op = find_op<GroupedGemmSignature>("rasa_ext::grouped_gemm");
   constexpr const char* what =
@@ -183,7 +229,7 @@ std::vector<Tensor> grouped_gemm(std::string_view layout, at::TensorList A, at::
 }  // namespace
 
 TORCH_LIBRARY_IMPL(rasa_ext, Autograd, m) {
-  m.impl("rasa_linear", &rasa_linear);
+  m.impl("rasa_linears", &rasa_linears);
   m.impl("rasa_add", &rasa_add);
   m.impl("rasa_backward", &rasa_backward);
   m.impl("grouped_gemm", &grouped_gemm);

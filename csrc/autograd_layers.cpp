@@ -1,11 +1,11 @@
 // Autograd of the ops on many layers. Tensors travel as one list: of its arguments, Function traces
 // tensors and lists of tensors, one edge for each entry.
 #include <ATen/Functions.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "adapter_list.h"
+#include "redispatch.h"
 
 namespace rasa {
 namespace {
@@ -13,20 +13,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 void append(variable_list& list, at::TensorList tensors) {
   list.insert(list.end(), tensors.begin(), tensors.end());
-}
-
-// Ops without a derivative refuse to be differentiated; recording nothing would give silent zeros.
-void refuse_grad(const char* op, const char* what, at::TensorList tensors) {
-  for (const Tensor& t : tensors) {
-    TORCH_CHECK(!at::GradMode::is_enabled() || !t.requires_grad(), op, ": ", what);
-  }
 }
 
 // The lists of LayerTensors, one after the other, at `first` of a list of tensors.

@@ -5,7 +5,10 @@
 #include <c10/util/Exception.h>
 
 #include <limits>
+#include <optional>
 #include <string>
+
+#include "philox.h"
 
 namespace rasa {
 
@@ -50,5 +53,25 @@ inline int32_t check_size(const char* op, const char* name, int64_t size) {
 inline void check_p(const char* op, double p) {
   TORCH_CHECK(p >= 0 && p < 1, op, ": p must be in [0, 1), got ", p);
 }
+
+// The dropout of one op call, checked.
+struct Dropout {
+  const int64_t* seed = nullptr;
+  uint32_t threshold = 0;
+
+  Dropout(const char* op, double p, const std::optional<at::Tensor>& seed_tensor,
+          const at::Tensor& x) {
+    check_p(op, p);
+    if (p == 0) return;
+    TORCH_CHECK(seed_tensor.has_value() && seed_tensor->defined(), op,
+                ": seed must be given when p > 0, got None with p = ", p);
+    TORCH_CHECK(seed_tensor->scalar_type() == at::kLong && seed_tensor->numel() == 1, op,
+                ": seed must be one Long element, got ", at::toString(seed_tensor->scalar_type()),
+                " ", seed_tensor->sizes());
+    check_device(op, *seed_tensor, "seed", x);
+    threshold = drop_threshold(p);
+    seed = seed_tensor->const_data_ptr<int64_t>();
+  }
+};
 
 }  // namespace rasa

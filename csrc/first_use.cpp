@@ -50,6 +50,9 @@ std::vector<Case> all_cases() {
       cases.back().scales_m = cases.back().dots = true;
     }
   }
+  // Reductions long enough to be split.
+  cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 70, .N = 39, .K = {2000}});
+  cases.push_back({.form = "wgrad", .layout = Layout::kTN, .M = 39, .N = 136, .K = {2000}});
   cases.push_back({.form = "merge", .layout = Layout::kTN, .M = 200, .N = 136, .K = {39}});
   cases.back().scales_k = true;
   // Sums of segments, each with a scale of its rows.
@@ -198,8 +201,8 @@ Types types_of(const Case& c, at::ScalarType main) {
   return {main, c.has_f32_ranks && main != at::kDouble ? at::kFloat : main};
 }
 
-std::string failure_of(const Case& c, const Run& run, NameKernelsFn name_kernels, double error,
-                       double allowed, at::ScalarType type, at::Device device) {
+std::string failure_of(const Case& c, const Run& run, const NameKernelsFn& name_kernels,
+                       double error, double allowed, at::ScalarType type, at::Device device) {
   std::ostringstream message;
   message << "rasa_ext: a kernel computes wrong numbers on " << device << " in "
           << at::toString(type) << ": " << c.form << " (M " << c.M << ", N " << c.N << ", K "
@@ -212,7 +215,7 @@ std::string failure_of(const Case& c, const Run& run, NameKernelsFn name_kernels
 
 // Nothing if every case is right. Allowed are twice the error that the library has in the same
 // dtype, one rounding of the result, and the roundings of the float64 reference; not NaN.
-std::string find_failure(LaunchFn launch, NameKernelsFn name_kernels, at::ScalarType type,
+std::string find_failure(LaunchFn launch, const NameKernelsFn& name_kernels, at::ScalarType type,
                          at::Device device) {
   for (const Case& c : all_cases()) {
     const Types types = types_of(c, type);
@@ -255,13 +258,11 @@ void FirstUse::check(DType dtype, at::Device device) {
   TORCH_CHECK(false, found->second);
 }
 
-std::vector<std::string> first_use_kernels(DType dtype, NameKernelsFn name_kernels) {
-  std::vector<std::string> names;
+void for_each_first_use_program(DType dtype, const std::function<void(const Program&)>& visit) {
   for (const Case& c : all_cases()) {
     const Types types = types_of(c, to_scalar_type(dtype));
-    names.push_back(name_kernels(Run(c, make_inputs(c, types), types, at::kCPU).program()));
+    visit(Run(c, make_inputs(c, types), types, at::kCPU).program());
   }
-  return names;
 }
 
 }  // namespace rasa

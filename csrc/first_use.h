@@ -10,6 +10,7 @@
 
 #include <array>
 #include <atomic>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
@@ -21,12 +22,12 @@
 namespace rasa {
 
 // Names what runs a program, for the message.
-using NameKernelsFn = std::string (*)(const Program&);
+using NameKernelsFn = std::function<std::string(const Program&)>;
 
 class FirstUse {
  public:
   FirstUse(LaunchFn launch, NameKernelsFn name_kernels)
-      : launch_(launch), name_kernels_(name_kernels) {}
+      : launch_(launch), name_kernels_(std::move(name_kernels)) {}
 
   bool is_checked(DType dtype, at::Device device) const {
     return passed_[slot(dtype, device)].load(std::memory_order_acquire);
@@ -49,7 +50,7 @@ class FirstUse {
   std::map<size_t, std::string> failures_;
 };
 
-// The names of the kernels that run the programs of the check: a test finds every kernel there.
-std::vector<std::string> first_use_kernels(DType dtype, NameKernelsFn name_kernels);
+// The programs of the check, on the CPU, one after the other: a test plans them.
+void for_each_first_use_program(DType dtype, const std::function<void(const Program&)>& visit);
 
 }  // namespace rasa

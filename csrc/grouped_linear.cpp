@@ -271,8 +271,7 @@ GroupedGradients rasa_grouped_backward_body(LaunchFn launch, const std::vector<O
     const Tensor d_private = adapter.d.slice(0, z.Rs);
     const auto add_wgrad = [&](const Tensor& grad, const Tensor& ranks, const Tensor& features) {
       wgrads.add_problem(grad.size(0), grad.size(1)).C = builder.matrix(grad);
-      const Tensor private_ranks = ranks.slice(1, z.Rs, z.R());
-      builder.add_segment(builder.matrix(private_ranks), builder.matrix(features), z.M).scale_m =
+      builder.add_segment(builder.columns(ranks, z.Rs), builder.matrix(features), z.M).scale_m =
           data(d_private);
     };
     if (wants(1, i) && z.Rp > 0) {  // dA = d ∘rows gᵀ·x̃
@@ -282,7 +281,8 @@ GroupedGradients rasa_grouped_backward_body(LaunchFn launch, const std::vector<O
     if (wants(2, i) && z.Rp > 0) add_wgrad(grads.dBt[i], s_rows[i], dy_rows[i]);
     if (wants(3, i) && z.R() > 0) {
       Problem& diagonal = wgrads.add_problem(z.R(), z.R());
-      diagonal.C = builder.output_stack(adapter.d.scalar_type(), {{Tensor(), z.R()}});
+      diagonal.C = builder.begin_stack(adapter.d.scalar_type());
+      builder.append_gap(diagonal.C, z.R());  // only row_dot is wanted
       diagonal.row_dot = grads.dd[i].mutable_data_ptr();
       diagonal.row_dot_with = builder.matrix(eye);
       builder.add_segment(builder.matrix(g), builder.matrix(s_rows[i]), z.M);

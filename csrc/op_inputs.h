@@ -1,14 +1,18 @@
-// The inputs that the op bodies have in common, checked: x, the adapter, the dropout.
+// The inputs that the op bodies have in common, checked.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include "checks.h"
-#include "philox.h"
 #include "program_builder.h"
 #include "rasa_ops.h"
 
 namespace rasa {
+
+// The adapter of one layer.
+struct Adapter {
+  const Tensor &A, &A_shared, &Bt, &Bt_shared, &d;
+};
 
 struct Sizes {
   int64_t M, K, N, Rp, Rs;
@@ -61,24 +65,10 @@ inline void check_like_x(const char* op, const Tensor& t, const char* name, cons
   check_device(op, t, name, x);
 }
 
-// The dropout of one op call, checked.
-struct Dropout {
-  const int64_t* seed = nullptr;
-  uint32_t threshold = 0;
-
-  Dropout(const char* op, double p, const OptionalTensor& seed_tensor, const Tensor& x) {
-    check_p(op, p);
-    if (p == 0) return;
-    TORCH_CHECK(seed_tensor.has_value() && seed_tensor->defined(), op,
-                ": seed must be given when p > 0, got None with p = ", p);
-    TORCH_CHECK(seed_tensor->scalar_type() == at::kLong && seed_tensor->numel() == 1, op,
-                ": seed must be one Long element, got ", at::toString(seed_tensor->scalar_type()),
-                " ", seed_tensor->sizes());
-    check_device(op, *seed_tensor, "seed", x);
-    threshold = drop_threshold(p);
-    seed = seed_tensor->const_data_ptr<int64_t>();
-  }
-};
+inline void check_entries(const char* op, const char* name, size_t entries, size_t num_layers) {
+  TORCH_CHECK(entries == num_layers, op, ": ", name,
+              " must have one entry for each layer = ", num_layers, ", got ", entries);
+}
 
 inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
 

@@ -45,37 +45,56 @@ class ProgramBuilder {
 
   Matrix matrix(const at::Tensor& t) { return stack({&t}); }
 
-  // Blocks of equal dtype and columns; empty ones are left out.
-  Matrix stack(std::initializer_list<const at::Tensor*> tensors) {
-    Matrix m = {static_cast<int32_t>(program_.blocks.size()), 0,
-                to_dtype((*tensors.begin())->scalar_type())};
-    for (const at::Tensor* t : tensors) {
-      if (t->size(0) == 0) continue;
-      const int64_t ld = t->size(0) == 1 ? t->size(1) : t->stride(0);
-      program_.blocks.push_back({const_cast<void*>(t->const_data_ptr()),
-                                 check_size(op_, "a number of rows", t->size(0)),
-                                 check_size(op_, "a row stride", ld)});
-      ++m.num_blocks;
+  // Columns [first, …) of t.
+  Matrix columns(const at::Tensor& t, int64_t first) {
+    const Matrix m = matrix(t);
+    if (m.num_blocks > 0) {
+      Block& block = program_.blocks.back();
+      block.ptr = static_cast<char*>(block.ptr) + first * t.element_size();
     }
     return m;
   }
 
-  struct Output {
-    const at::Tensor&
-        tensor;  // undefined: these rows are computed where others need them, and not written
-    int64_t rows;
-  };
+  // Blocks of equal dtype and columns; empty ones are left out.
+  Matrix stack(std::initializer_list<const at::Tensor*> tensors) {
+    Matrix m = begin_stack((*tensors.begin())->scalar_type());
+    for (const at::Tensor* t : tensors) append(m, *t);
+    return m;
+  }
 
-  Matrix output_stack(at::ScalarType dtype, std::initializer_list<Output> outputs) {
-    Matrix m = {static_cast<int32_t>(program_.blocks.size()), 0, to_dtype(dtype)};
-    for (const Output& out : outputs) {
-      if (out.rows == 0) continue;
-      const bool wanted = out.tensor.defined();
-      program_.blocks.push_back({wanted ? out.tensor.mutable_data_ptr() : nullptr,
-                                 check_size(op_, "a number of rows", out.rows),
-                                 wanted ? check_size(op_, "a row stride", out.tensor.size(1)) : 0});
-      ++m.num_blocks;
-    }
+  // A stack grows by appending, until the next matrix begins.
+  Matrix begin_stack(at::ScalarType dtype) const {
+    return {static_cast<int32_t>(program_.blocks.size()), 0, to_dtype(dtype)};
+  }
+
+  void append(Matrix& m, const at::Tensor& t) {
+    if (t.size(0) == 0) return;
+    const int64_t ld = t.size(0) == 1 ? t.size(1) : t.stride(0);
+    program_.blocks.push_back({const_cast<void*>(t.const_data_ptr()),
+                               check_size(op_, "a number of rows", t.size(0)),
+                               check_size(op_, "a row stride", ld)});
+    ++m.num_blocks;
+  }
+
+  // Rows that read as zeros and are not written.
+  void append_gap(Matrix& m, int64_t rows) {
+    if (rows == 0) return;
+    program_.blocks.push_back({nullptr, check_size(op_, "a number of rows", rows), 0});
+    ++m.num_blocks;
+  }
+
+  // An undefined tensor: these rows are computed where others need them, and not written.
+  void append_output(Matrix& m, const at::Tensor& t, int64_t rows) {
+    if (!t.defined()) return append_gap(m, rows);
+    if (rows == 0) return;
+    program_.blocks.push_back({t.mutable_data_ptr(), check_size(op_, "a number of rows", rows),
+                               check_size(op_, "a row stride", t.size(1))});
+    ++m.num_blocks;
+  }
+
+  Matrix output(const at::Tensor& t) {
+    Matrix m = begin_stack(t.scalar_type());
+    append_output(m, t, t.size(0));
     return m;
   }
 

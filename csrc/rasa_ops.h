@@ -4,7 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -17,7 +16,6 @@ namespace rasa {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Columns of s and g: R rounded up, so that a row of 7, 14 or 28 ranks starts at a 16-byte
 // boundary.
@@ -26,25 +24,33 @@ Int padded_rank(Int R) {
   return (R + 7) / 8 * 8;
 }
 
-// Which gradients a backward op is asked for, in the order in which it returns them.
-enum Wanted { kDx, kDA, kDAShared, kDBt, kDBtShared, kDd, kNumWanted };
-using WantedMask = std::array<bool, kNumWanted>;
+// The gradients of a call are one list: dx, then these of each layer.
+enum Grad { kDA, kDAShared, kDBt, kDBtShared, kDd, kNumGrads };
+constexpr size_t gradient(size_t layer, size_t which) { return 1 + layer * kNumGrads + which; }
+constexpr size_t num_gradients(size_t num_layers) { return gradient(num_layers, 0); }
 
-// The adapter of one layer, as it travels through every op.
-struct Adapter {
-  const Tensor &A, &A_shared, &Bt, &Bt_shared, &d;
+// The adapters of the layers of one op call: entry i of each list is of layer i.
+struct Adapters {
+  at::TensorList A, A_shared, Bt, Bt_shared, d;
 };
 
-std::tuple<Tensor, Tensor> rasa_linear_body(LaunchFn launch, const Tensor& x, const Tensor& weight,
-                                            const OptionalTensor& bias, const Adapter& adapter,
-                                            double p, const OptionalTensor& seed);
+// Layers that are fed the same x: it is read once, and one mask serves all.
+std::tuple<std::vector<Tensor>, Tensor> rasa_linears_body(LaunchFn launch, const Tensor& x,
+                                                          at::TensorList weight,
+                                                          const std::vector<OptionalTensor>& bias,
+                                                          const Adapters& adapters, double p,
+                                                          const OptionalTensor& seed);
 std::tuple<Tensor, Tensor> rasa_add_body(LaunchFn launch, const Tensor& x, const Tensor& base,
-                                         const Adapter& adapter, double p,
+                                         const Adapters& adapter, double p,
                                          const OptionalTensor& seed);
-Gradients rasa_backward_body(LaunchFn launch, const Tensor& dy, const Tensor& x,
-                             const OptionalTensor& weight, const Adapter& adapter, const Tensor& s,
-                             double p, const OptionalTensor& seed, WantedMask wanted);
-// What Meta must check too: it indexes the lists.
+// Of layers without weight (rasa_add) dx has the adapter's share only; layers without dy have none.
+std::vector<Tensor> rasa_backward_body(LaunchFn launch, const std::vector<OptionalTensor>& dy,
+                                       const Tensor& x, const std::vector<OptionalTensor>& weight,
+                                       const Adapters& adapters, const Tensor& s, double p,
+                                       const OptionalTensor& seed, const std::vector<bool>& wanted);
+// What Autograd and Meta must check too: they index the lists.
+void check_linears_lists(size_t num_layers, size_t num_biases, const Adapters& adapters);
+void check_backward_lists(size_t num_layers, const Adapters& adapters, size_t num_wanted);
 void check_group(std::string_view layout, at::TensorList A, at::TensorList B,
                  at::IntArrayRef segments);
 std::vector<Tensor> grouped_gemm_body(LaunchFn launch, std::string_view layout, at::TensorList A,

@@ -2,12 +2,15 @@
 #include <ATen/Functions.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
 
 #include "autocast.h"
 #include "cpu/dropout_mask.h"
 #include "cpu/launch.h"
 #include "cpu/micro_kernel.h"
+#include "cuda/kernel_names.h"
+#include "first_use.h"
 #include "rasa_ops.h"
 #include "register_backend.h"
 
@@ -21,9 +24,14 @@ TORCH_LIBRARY(rasa_ext, m) {
       "rasa_add(Tensor x, Tensor base, Tensor A, Tensor A_shared, Tensor Bt, Tensor Bt_shared, "
       "Tensor d, float p, Tensor? seed) -> (Tensor y, Tensor s)");
   m.def(
-      "rasa_backward(Tensor dy, Tensor x, Tensor? weight, Tensor A, Tensor A_shared, Tensor Bt, "
-      "Tensor Bt_shared, Tensor d, Tensor s, float p, Tensor? seed, bool[6] output_mask) -> "
-      "(Tensor dx, Tensor dA, Tensor dA_shared, Tensor dBt, Tensor dBt_shared, Tensor dd)");
+      "rasa_linears(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor[] A, Tensor[] A_shared, "
+      "Tensor[] Bt, Tensor[] Bt_shared, Tensor[] d, float p, Tensor? seed) -> "
+      "(Tensor[] y, Tensor s)");
+  // The gradients and their mask: dx, then dA, dA_shared, dBt, dBt_shared and dd of each layer.
+  m.def(
+      "rasa_backward(Tensor?[] dy, Tensor x, Tensor?[] weight, Tensor[] A, Tensor[] A_shared, "
+      "Tensor[] Bt, Tensor[] Bt_shared, Tensor[] d, Tensor s, float p, Tensor? seed, "
+      "bool[] output_mask) -> Tensor[]");
   m.def(
       "grouped_gemm(str layout, Tensor[] A, Tensor[] B, int[] segments, Tensor?[] C_in, "
       "Tensor?[] scale_m, Tensor?[] scale_k, ScalarType? out_dtype) -> Tensor[]");
@@ -36,15 +44,22 @@ namespace {
 // Meta: shapes and dtypes only
 // ---------------------------------------------------------------------------------------------------------------------
 
-Tensor empty_s(const Tensor& x, const Tensor& d) {
-  return at::empty_symint({x.sym_size(0), padded_rank(d.sym_size(0))}, x.options());
+Tensor empty_s(const Tensor& x, at::TensorList d) {
+  c10::SymInt columns = 0;
+  for (const Tensor& t : d) columns += padded_rank(t.sym_size(0));
+  return at::empty_symint({x.sym_size(0), columns}, x.options());
 }
 
-std::tuple<Tensor, Tensor> rasa_linear_meta(const Tensor& x, const Tensor& weight,
-                                            const OptionalTensor&, const Tensor&, const Tensor&,
-                                            const Tensor&, const Tensor&, const Tensor& d, double,
-                                            const OptionalTensor&) {
-  return {at::empty_symint({x.sym_size(0), weight.sym_size(0)}, x.options()), empty_s(x, d)};
+std::tuple<std::vector<Tensor>, Tensor> rasa_linears_meta(
+    const Tensor& x, at::TensorList weight, const OptionalTensorList& bias, at::TensorList A,
+    at::TensorList A_shared, at::TensorList Bt, at::TensorList Bt_shared, at::TensorList d, double,
+    const OptionalTensor&) {
+  check_linears_lists(weight.size(), bias.size(), {A, A_shared, Bt, Bt_shared, d});
+  std::vector<Tensor> y;
+  for (const Tensor& w : weight) {
+    y.push_back(at::empty_symint({x.sym_size(0), w.sym_size(0)}, x.options()));
+  }
+  return {std::move(y), empty_s(x, d)};
 }
 
 std::tuple<Tensor, Tensor> rasa_add_meta(const Tensor& x, const Tensor& base, const Tensor&,
@@ -53,20 +68,23 @@ std::tuple<Tensor, Tensor> rasa_add_meta(const Tensor& x, const Tensor& base, co
   return {at::empty_symint(base.sym_sizes(), x.options()), empty_s(x, d)};
 }
 
-Gradients rasa_backward_meta(const Tensor&, const Tensor& x, const OptionalTensor&, const Tensor& A,
-                             const Tensor& A_shared, const Tensor& Bt, const Tensor& Bt_shared,
-                             const Tensor& d, const Tensor&, double, const OptionalTensor&,
-                             WantedMask wanted) {
-  const auto grad_of = [&](Wanted which, const Tensor& t) {
-    return wanted[which] ? at::empty_symint(t.sym_sizes(), t.options())
-                         : at::empty({0}, x.options());
+std::vector<Tensor> rasa_backward_meta(const OptionalTensorList& dy, const Tensor& x,
+                                       const OptionalTensorList&, at::TensorList A,
+                                       at::TensorList A_shared, at::TensorList Bt,
+                                       at::TensorList Bt_shared, at::TensorList d, const Tensor&,
+                                       double, const OptionalTensor&,
+                                       const c10::List<bool>& wanted) {
+  check_backward_lists(dy.size(), {A, A_shared, Bt, Bt_shared, d}, wanted.size());
+  std::vector<Tensor> grads;
+  const auto add_grad_of = [&](const Tensor& t) {
+    grads.push_back(wanted[grads.size()] ? at::empty_symint(t.sym_sizes(), t.options())
+                                         : at::empty({0}, x.options()));
   };
-  return {grad_of(kDx, x),
-          grad_of(kDA, A),
-          grad_of(kDAShared, A_shared),
-          grad_of(kDBt, Bt),
-          grad_of(kDBtShared, Bt_shared),
-          grad_of(kDd, d)};
+  add_grad_of(x);
+  for (size_t i = 0; i < dy.size(); ++i) {
+    for (const at::TensorList& list : {A, A_shared, Bt, Bt_shared, d}) add_grad_of(list[i]);
+  }
+  return grads;
 }
 
 std::vector<Tensor> grouped_gemm_meta(std::string_view layout, at::TensorList A, at::TensorList B,
@@ -90,6 +108,19 @@ Tensor dropout_mask_meta(const Tensor& seed, c10::SymInt M, c10::SymInt K, doubl
   return at::empty_symint({std::move(M), std::move(K)}, seed.options().dtype(at::kBool));
 }
 
+std::tuple<Tensor, Tensor> rasa_linear(const Tensor& x, const Tensor& weight,
+                                       const OptionalTensor& bias, const Tensor& A,
+                                       const Tensor& A_shared, const Tensor& Bt,
+                                       const Tensor& Bt_shared, const Tensor& d, double p,
+                                       const OptionalTensor& seed) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rasa_ext::rasa_linears", "")
+                             .typed<decltype(rasa_linears_meta)>();
+  auto [y, s] =
+      op.call(x, weight, OptionalTensorList({bias}), A, A_shared, Bt, Bt_shared, d, p, seed);
+  return {std::move(y[0]), std::move(s)};
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Autocast: activations and base weight in the autocast dtype; the adapter keeps its own
 // ---------------------------------------------------------------------------------------------------------------------
@@ -98,18 +129,28 @@ template <c10::DispatchKey autocast_key, c10::DeviceType device>
 struct Autocast : AutocastTo<device> {
   using AutocastTo<device>::cast, AutocastTo<device>::cast_adapter;
 
-  static std::tuple<Tensor, Tensor> rasa_linear(const Tensor& x, const Tensor& weight,
-                                                const OptionalTensor& bias, const Tensor& A,
-                                                const Tensor& A_shared, const Tensor& Bt,
-                                                const Tensor& Bt_shared, const Tensor& d, double p,
-                                                const OptionalTensor& seed) {
+  static std::vector<Tensor> cast_adapters(at::TensorList tensors) {
+    std::vector<Tensor> result;
+    for (const Tensor& t : tensors) result.push_back(cast_adapter(t));
+    return result;
+  }
+
+  static std::tuple<std::vector<Tensor>, Tensor> rasa_linears(
+      const Tensor& x, at::TensorList weight, const OptionalTensorList& bias, at::TensorList A,
+      at::TensorList A_shared, at::TensorList Bt, at::TensorList Bt_shared, at::TensorList d,
+      double p, const OptionalTensor& seed) {
     static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("rasa_ext::rasa_linear", "")
-                               .typed<decltype(rasa_linear)>();
+                               .findSchemaOrThrow("rasa_ext::rasa_linears", "")
+                               .typed<decltype(rasa_linears)>();
     const c10::impl::ExcludeDispatchKeyGuard guard(autocast_key);
-    return op.call(cast(x), cast(weight), bias ? OptionalTensor(cast(*bias)) : std::nullopt,
-                   cast_adapter(A), cast_adapter(A_shared), cast_adapter(Bt),
-                   cast_adapter(Bt_shared), cast_adapter(d), p, seed);
+    std::vector<Tensor> cast_weight;
+    for (const Tensor& w : weight) cast_weight.push_back(cast(w));
+    OptionalTensorList cast_bias;
+    for (const OptionalTensor b : bias) {
+      cast_bias.push_back(b && b->defined() ? OptionalTensor(cast(*b)) : std::nullopt);
+    }
+    return op.call(cast(x), cast_weight, cast_bias, cast_adapters(A), cast_adapters(A_shared),
+                   cast_adapters(Bt), cast_adapters(Bt_shared), cast_adapters(d), p, seed);
   }
 
   static std::tuple<Tensor, Tensor> rasa_add(const Tensor& x, const Tensor& base, const Tensor& A,
@@ -125,17 +166,20 @@ struct Autocast : AutocastTo<device> {
   }
 
   static void impl(torch::Library& m) {
-    m.impl("rasa_linear", &rasa_linear);
+    m.impl("rasa_linears", &rasa_linears);
     m.impl("rasa_add", &rasa_add);
   }
 };
 
 }  // namespace
 
+// One layer of rasa_linears.
+TORCH_LIBRARY_IMPL(rasa_ext, CompositeImplicitAutograd, m) { m.impl("rasa_linear", &rasa_linear); }
+
 TORCH_LIBRARY_IMPL(rasa_ext, CPU, m) { register_backend<cpu::launch, cpu::draw_mask>(m); }
 
 TORCH_LIBRARY_IMPL(rasa_ext, Meta, m) {
-  m.impl("rasa_linear", &rasa_linear_meta);
+  m.impl("rasa_linears", &rasa_linears_meta);
   m.impl("rasa_add", &rasa_add_meta);
   m.impl("rasa_backward", &rasa_backward_meta);
   m.impl("grouped_gemm", &grouped_gemm_meta);
@@ -152,9 +196,28 @@ TORCH_LIBRARY_IMPL(rasa_ext, AutocastCUDA, m) {
 
 }  // namespace rasa
 
+namespace rasa {
+namespace {
+
+// (kernels that the check at first use runs, kernels there are), with CUDA or without.
+std::pair<std::vector<std::string>, std::vector<std::string>> first_use_kernels(bool is_bf16,
+                                                                                int32_t num_sms) {
+  const DType dtype = is_bf16 ? DType::kBF16 : DType::kF16;
+  std::vector<std::string> used;
+  for_each_first_use_program(dtype, [&](const Program& program) {
+    for (std::string& name : cuda::kernel_names(program, {num_sms})) used.push_back(name);
+  });
+  return {used, cuda::all_kernel_names(dtype)};
+}
+
+}  // namespace
+}  // namespace rasa
+
 PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &rasa::cpu::cpu_capability);
   m.def("micro_kernel_dtypes", &rasa::cpu::micro_kernel_dtypes);
   m.def("set_portable", &rasa::cpu::set_portable, pybind11::arg("portable"));
   m.def("set_cpu_launcher", &rasa::cpu::set_launcher, pybind11::arg("name"));
+  m.def("first_use_kernels", &rasa::first_use_kernels, pybind11::arg("is_bf16"),
+        pybind11::arg("num_sms"));
 }

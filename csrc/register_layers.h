@@ -8,6 +8,16 @@
 namespace rasa {
 
 using OptionalTensorList = c10::List<OptionalTensor>;
+
+// None may also come as an undefined tensor.
+inline std::vector<OptionalTensor> to_vector(const OptionalTensorList& list) {
+  std::vector<OptionalTensor> result;
+  for (const OptionalTensor t : list) {
+    result.push_back(t && t->defined() ? t : std::nullopt);
+  }
+  return result;
+}
+
 using GradientLists =
     std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
                std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
@@ -34,8 +44,9 @@ struct LayerOps {
       const OptionalTensorList& bases, at::TensorList A, at::TensorList Bt, at::TensorList d,
       at::TensorList A_shared, at::TensorList Bt_shared, at::IntArrayRef pools,
       at::ArrayRef<double> p, const OptionalTensorList& seeds) {
-    return rasa_grouped_linear_body(launch, {xs, weights.vec(), biases.vec(), bases.vec()},
-                                    {A, Bt, d, A_shared, Bt_shared, pools}, {p, seeds.vec()});
+    return rasa_grouped_linear_body(launch,
+                                    {xs, to_vector(weights), to_vector(biases), to_vector(bases)},
+                                    {A, Bt, d, A_shared, Bt_shared, pools}, {p, to_vector(seeds)});
   }
 
   static GradientLists grouped_backward(const OptionalTensorList& dys, at::TensorList xs,
@@ -45,9 +56,10 @@ struct LayerOps {
                                         at::IntArrayRef pools, at::TensorList s,
                                         at::ArrayRef<double> p, const OptionalTensorList& seeds,
                                         const c10::List<bool>& output_mask) {
-    return to_lists(rasa_grouped_backward_body(
-        launch, dys.vec(), {xs, weights.vec(), {}, {}}, {A, Bt, d, A_shared, Bt_shared, pools}, s,
-        {p, seeds.vec()}, {output_mask.begin(), output_mask.end()}));
+    return to_lists(
+        rasa_grouped_backward_body(launch, to_vector(dys), {xs, to_vector(weights), {}, {}},
+                                   {A, Bt, d, A_shared, Bt_shared, pools}, s, {p, to_vector(seeds)},
+                                   {output_mask.begin(), output_mask.end()}));
   }
 
   static void pool_gradients(at::TensorList dA_shared, at::TensorList dBt_shared, at::TensorList xs,
@@ -55,7 +67,7 @@ struct LayerOps {
                              at::TensorList d, at::IntArrayRef pools, at::ArrayRef<double> p,
                              const OptionalTensorList& seeds) {
     rasa_pool_gradients_body(launch, dA_shared, dBt_shared, {xs, dys, g, s, d, pools},
-                             {p, seeds.vec()});
+                             {p, to_vector(seeds)});
   }
 };
 

@@ -16,7 +16,14 @@ from rasa_ext.grouped import grouped_linear  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
 from rasa_ext.merging import LayerMerge, MergeReport  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
-from rasa_ext.ops import dropout_mask, grouped_gemm, rasa_add, rasa_linear  # noqa: E402
+from rasa_ext.ops import (  # noqa: E402
+    dropout_mask,
+    grouped_gemm,
+    rasa_add,
+    rasa_linear,
+    rasa_linears,
+)
+from rasa_ext.siblings import link_siblings  # noqa: E402
 from rasa_ext.weights import (  # noqa: E402
     adapter_state_dict,
     load_adapter,
@@ -42,10 +49,12 @@ __all__ = [
     "grouped_linear",
     "import_lora",
     "import_rasa",
+    "link_siblings",
     "load_adapter",
     "merge",
     "rasa_add",
     "rasa_linear",
+    "rasa_linears",
     "save_adapter",
     "unmerge",
 ]

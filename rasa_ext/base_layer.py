@@ -85,6 +85,17 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.get_default_device()
 
 
+def must_be_called(module: nn.Module) -> bool:
+    """Return whether the module's own call does more than its forward: it carries hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # replaced on the instance, as accelerate's offloading does
+    )
+
+
 def fusible(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Return (weight, bias) of an nn.Linear that an op may compute in its place, else None.
 
@@ -100,15 +111,11 @@ def fusible(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     else:
         weight, bias = base.weight, base.bias
     plain = (Tensor, nn.Parameter)  # a subclass, as quantisers make, is its own linear's business
-    must_be_called = (
+    is_own_business = (
         type(weight) not in plain
         or (bias is not None and type(bias) not in plain)
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
-        or base._forward_hooks
-        or base._forward_pre_hooks
-        or base._backward_hooks
-        or base._backward_pre_hooks
-        or "forward" in base.__dict__  # replaced on the instance, as accelerate's offloading does
+        or must_be_called(base)
     )
-    return None if must_be_called else (weight, bias)
+    return None if is_own_business else (weight, bias)

@@ -15,8 +15,6 @@ from rasa_ext.layer_ops import rasa_pool_gradients_
 from rasa_ext.module import RaSALinear, SharedPool
 
 _ops = torch.ops.rasa_ext
-# What the engine says outside backward.
-_NO_BACKWARD = -1
 
 
 class Contribution(NamedTuple):
@@ -41,15 +39,14 @@ class DeferredPoolGradients:
         """Hold at most `window` layers of each pool."""
         self.window = window
         # By backward pass, as the engine numbers them: a pass that fails never adds what it left,
-        # and a pass inside another one (as reentrant checkpointing runs) has its own.
+        # and a pass inside another one (as reentrant checkpointing runs) or in another thread has
+        # its own.
         self._pending: dict[int, dict[SharedPool, list[Contribution]]] = {}
 
     def compute(self, layer: RaSALinear, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         """Return the output for x as a matrix; backward leaves the pool's share to add()."""
         pool = layer.pool
         assert pool is not None, "who has no pool has nobody to defer to"
-        if torch._C._current_graph_task_id() == _NO_BACKWARD:
-            self.discard()  # of a pass that failed: none is running
         fused = layer.fused_base()
         base = None if fused is not None else layer.base_layer(x).reshape(-1, layer.out_features)
         x = x.reshape(-1, layer.in_features)
@@ -199,8 +196,9 @@ def deferred_pool_gradients(model: nn.Module, window: int) -> Iterator[DeferredP
     Forward and backward must both run inside the context. Works with gradient accumulation,
     autocast and non-reentrant checkpointing. A backward pass that raises adds nothing later; what
     it added before stays in .grad, as with plain autograd. backward(inputs=...) and
-    torch.autograd.grad do not see pools here. Code under torch.compile and grouped_linear, which
-    sums over its layers by itself, keep plain autograd. Hooks on a pool's parameters would not
+    torch.autograd.grad do not see pools here. Siblings still share a mask, but each is computed on
+    its own. Code under torch.compile and grouped_linear, which sums over its layers by itself, keep
+    plain autograd. Hooks on a pool's parameters would not
     fire, so DDP, FSDP and parameters with hooks are refused; a model whose DDP wrapper is not part
     of `model` cannot be recognised: do not use it there.
 

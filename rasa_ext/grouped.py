@@ -17,7 +17,8 @@ def grouped_linear(xs: Sequence[Tensor], layers: Sequence[RaSALinear]) -> list[T
     For reconstruction, distillation, calibration, or pipelined micro-batches: wherever all inputs
     exist together. Layers may have different shapes, ranks and pools, and inputs different numbers
     of tokens; a layer may occur more than once. Dropout draws a seed for each layer in order, as
-    calling them one by one would.
+    calling them one by one would; siblings, which share a mask when they are called in turn, draw
+    their own here.
 
     Forward takes two launches beside the base layers, backward three; a pool's gradient is summed
     over all its layers in one accumulator. Devices and pairs of dtypes (of activations and of

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layer import adapter_dtype, check_config, device_of, features
 from rasa_ext.module import RaSALinear, SharedPool
+from rasa_ext.siblings import link_all
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -74,6 +75,7 @@ class Config:
     target_modules: tuple[str, ...]
     dropout: float
     dtype: torch.dtype | None = None
+    siblings: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def apply(
     dropout: float = 0.0,
     *,
     dtype: torch.dtype | None = None,
+    siblings: bool = True,
 ) -> Summary:
     """Replace the named linear layers by RaSALinear, freeze all else, and say what was made.
 
@@ -121,6 +124,9 @@ def apply(
     stands for its last part. k = 0 is plain LoRA (no pools, d = alpha / r), k = r shares all.
     Adapters are float32 under float16 and bfloat16 weights and take the weight's dtype otherwise,
     unless `dtype` says which; they lie on their base layer's device.
+    q_proj, k_proj and v_proj of one parent, and gate_proj and up_proj, are linked as siblings:
+    called in turn with the same tensor they are computed by one op and share one dropout mask (see
+    link_siblings, which links others). siblings=False leaves every layer on its own.
 
     Semantics: the model computes what it did before, since Bt and Bt_shared start at zero.
 
@@ -130,7 +136,7 @@ def apply(
     not linear-like. The model is then as it was.
     """
     targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    config = Config(r, k, alpha, targets, dropout, dtype)
+    config = Config(r, k, alpha, targets, dropout, dtype, siblings)
     root = unwrapped(model)
     return inject(root, plan(root, config), config)
 
@@ -154,6 +160,8 @@ def inject(root: nn.Module, groups: list[Group], config: Config) -> Summary:
             setattr(root.get_submodule(parent), leaf, layer)
     if len(pools) > 0:
         root.rasa_pools = pools
+    if config.siblings:
+        link_all(root)
     return summarize(root)
 
 

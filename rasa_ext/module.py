@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from rasa_ext.base_layer import (
     features,
     fusible,
     is_transposed,
+    must_be_called,
 )
 from rasa_ext.layer_ops import adapters_of, rasa_delta_weights
 from rasa_ext.merging import LayerMerge, merge_layers
@@ -23,8 +24,21 @@ from rasa_ext.update import init_gates, init_rank_weights, tensor_of
 
 if TYPE_CHECKING:
     from rasa_ext.deferred import DeferredPoolGradients
+    from rasa_ext.siblings import SiblingGroup
 
 _MAX_SEED = 2**63 - 1
+
+
+class Operands(NamedTuple):
+    """What the fused op takes of a layer."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    A_shared: Tensor
+    Bt: Tensor
+    Bt_shared: Tensor
+    d: Tensor
 
 
 class SharedPool(nn.Module):
@@ -113,6 +127,8 @@ class RaSALinear(nn.Module):
     base_layer: nn.Module
     original_weight: Tensor | None
     merged: bool
+    # The layers that are fed the same tensor (siblings.py).
+    siblings: SiblingGroup | None = None
 
     def __init__(
         self,
@@ -205,8 +221,11 @@ class RaSALinear(nn.Module):
                     "gradient. Call unmerge(), or eval() to run the merged layer"
                 )
             return base(x)  # type: ignore[no-any-return]
-        p = self.drop_rate
-        y = self.compute(x, p, self.draw_seed(x, p))
+        if self.siblings is not None and not torch.compiler.is_compiling():
+            y = self.siblings.forward(self, x)
+        else:
+            p = self.drop_rate
+            y = self.compute(x, p, self.draw_seed(x, p))
         return y if x.dim() == 2 else y.reshape(x.shape[:-1] + (self.out_features,))
 
     def check_input(self, x: Tensor) -> None:
@@ -242,7 +261,7 @@ class RaSALinear(nn.Module):
 
     def compute(self, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         """Return the output for x as a matrix, with the mask of this seed."""
-        deferred = None if self.pool is None else self.pool.deferred
+        deferred = self.deferred
         if deferred is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
             return deferred.compute(self, x, p, seed)
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
@@ -252,6 +271,30 @@ class RaSALinear(nn.Module):
             return rasa_linear(rows, *fused, *self._adapter(), p, seed)
         y = base(x).reshape(-1, self.out_features)
         return rasa_add(rows, y, *self._adapter(), p, seed)
+
+    @property
+    def deferred(self) -> DeferredPoolGradients | None:
+        """Who sums the pool's gradients, while deferred_pool_gradients() is active."""
+        return None if self.pool is None else self.pool.deferred
+
+    def operands(self) -> Operands | None:
+        """Return the tensors with which an op can compute this layer in its caller's place.
+
+        None if it cannot: merged, a base that must be called, hooks, which only a call runs, or
+        a pool whose gradient this layer leaves to be summed later.
+        """
+        if self.merged or not self._is_plain_linear or type(self) is not RaSALinear:
+            return None
+        if self.deferred is not None:
+            return None
+        fused = None if must_be_called(self) else fusible(self._modules["base_layer"])
+        return None if fused is None else Operands(*fused, *self._adapter())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled layer, which joins the copy of its siblings' group."""
+        super().__setstate__(state)
+        if self.siblings is not None:
+            self.siblings.join(self)
 
     @property
     def weight(self) -> Tensor:

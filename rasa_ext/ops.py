@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["dropout_mask", "grouped_gemm", "rasa_add", "rasa_linear"]
+__all__ = ["dropout_mask", "grouped_gemm", "rasa_add", "rasa_linear", "rasa_linears"]
 
 _ops = torch.ops.rasa_ext
 
@@ -55,6 +55,43 @@ def rasa_linear(
             came.
     """
     y: Tensor = _ops.rasa_linear(x, weight, bias, A, A_shared, Bt, Bt_shared, d, p, seed)[0]
+    return y
+
+
+def rasa_linears(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    A_shared: Sequence[Tensor],
+    Bt: Sequence[Tensor],
+    Bt_shared: Sequence[Tensor],
+    d: Sequence[Tensor],
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
+    """Compute layers that are fed the same x, q, k and v say, in one op.
+
+    Semantics::
+
+        layers = zip(weight, bias, A, A_shared, Bt, Bt_shared, d)
+        return [rasa_linear(x, *layer, p, seed) for layer in layers]
+
+    bit by bit in y and in the gradients of the weights; x's gradient is one sum over the layers,
+    in another order. x is read once in each direction, and one dropout mask serves all layers.
+
+    Shapes: x (M,K); each list has one entry for each layer, of the shapes of :func:`rasa_linear`,
+    where N, Rp and Rs may differ between layers -> a list of (M,N).
+
+    Dtypes: those of :func:`rasa_linear`; the adapter tensors of all layers share one dtype.
+
+    Saves x, one s (M, sum of round_up(R, 8)) and references to the weights. A layer whose output
+    is not used costs nothing in backward.
+
+    Raises:
+        RuntimeError: as :func:`rasa_linear`, naming the layer; or lists of different lengths.
+    """
+    y: list[Tensor] = _ops.rasa_linears(x, weight, bias, A, A_shared, Bt, Bt_shared, d, p, seed)[0]
     return y
 
 

@@ -65,6 +65,18 @@ def linear_inputs(
     return [x, weight, b, *adapter_of(case, adapter_dtype, device)]
 
 
+def sibling_inputs(
+    cases: list[Case], dtype: torch.dtype, adapter_dtype: torch.dtype, device: str = "cpu"
+) -> list:
+    """The arguments of rasa_linears: x, then a list for each of LINEAR_NAMES; every second bias."""
+    inputs = [
+        linear_inputs(case, dtype, adapter_dtype, bias=i % 2 == 0, device=device)
+        for i, case in enumerate(cases)
+    ]
+    x, *columns = zip(*inputs, strict=True)
+    return [x[0], *map(list, columns)]
+
+
 def add_inputs(
     case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str = "cpu"
 ) -> list[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import Case
 from conftest import BACKENDS
-from layers import DTYPES, add_inputs, dtypes_id, linear_inputs, new_seed
+from layers import DTYPES, add_inputs, dtypes_id, linear_inputs, new_seed, sibling_inputs
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -15,17 +15,22 @@ from rasa_ext import RaSALinear, SharedPool, rasa_add, rasa_linear
 
 OPS = torch.ops.rasa_ext
 CASE = Case("contract", 12, 16, 24, 3, 6)
+SIBLINGS = [CASE, Case("more", 12, 16, 10, 0, 5), Case("base", 12, 16, 9, 0, 0)]
 
 
 def arguments(op: str, dtypes: tuple[torch.dtype, torch.dtype], p: float) -> list:
     if op == "rasa_linear":
         return [*linear_inputs(CASE, *dtypes), p, new_seed()]
+    if op == "rasa_linears":
+        return [*sibling_inputs(SIBLINGS, *dtypes), p, new_seed()]
     x, base, *adapter = add_inputs(CASE, *dtypes)
     if op == "rasa_add":
         return [x, base, *adapter, p, new_seed()]
     if op == "rasa_backward":
         _, s = OPS.rasa_add(x, base, *adapter, p, new_seed())
-        return [base, x, None, *adapter, s, p, new_seed(), [True, False, True, True, False, True]]
+        lists = [[t] for t in adapter]
+        wanted = [True, False, True, True, False, True]
+        return [[base], x, [None], *lists, s, p, new_seed(), wanted]
     if op == "dropout_mask":
         return [new_seed(), 20, 18, p]
     scales = [torch.randn(CASE.M, dtype=dtypes[0])]
@@ -33,22 +38,26 @@ def arguments(op: str, dtypes: tuple[torch.dtype, torch.dtype], p: float) -> lis
 
 
 def with_grad(args: list) -> list:
-    return [
-        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in args
-    ]
+    def leaf(a):
+        if isinstance(a, list):
+            return [leaf(item) for item in a]
+        is_real = isinstance(a, Tensor) and a.is_floating_point()
+        return a.detach().requires_grad_() if is_real else a
+
+    return [leaf(a) for a in args]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
 @pytest.mark.parametrize(
-    "op", ["rasa_linear", "rasa_add", "rasa_backward", "grouped_gemm", "dropout_mask"]
+    "op",
+    ["rasa_linear", "rasa_linears", "rasa_add", "rasa_backward", "grouped_gemm", "dropout_mask"],
 )
 def test_opcheck(op, dtypes, p):
     torch.use_deterministic_algorithms(False)  # opcheck compares views that NaN filling would write
     args = arguments(op, dtypes, p)
     torch.library.opcheck(getattr(OPS, op).default, args)
-    if op in ("rasa_linear", "rasa_add"):
+    if op in ("rasa_linear", "rasa_linears", "rasa_add"):
         torch.library.opcheck(getattr(OPS, op).default, with_grad(args))
 
 
@@ -56,14 +65,15 @@ def test_every_op_has_every_kernel():
     names = [n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if "rasa_ext::" in n]
     assert sorted(names) == [
         "dropout_mask", "grouped_gemm", "rasa_add", "rasa_backward", "rasa_delta_weights",
-        "rasa_grouped_backward", "rasa_grouped_linear", "rasa_linear", "rasa_merge_",
-        "rasa_pool_gradients_",
+        "rasa_grouped_backward", "rasa_grouped_linear", "rasa_linear", "rasa_linears",
+        "rasa_merge_", "rasa_pool_gradients_",
     ]  # fmt: skip
+    names.remove("rasa_linear")  # one layer of rasa_linears, on any device
     keys = {"cpu": "CPU", "cuda": "CUDA"}
     for name in names:
         for key in [keys[backend] for backend in BACKENDS] + ["Meta"]:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rasa_ext::{name}", key), name
-    for name in ("rasa_linear", "rasa_add", "rasa_grouped_linear"):
+    for name in ("rasa_linears", "rasa_add", "rasa_grouped_linear"):
         for key in ("AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"):
             assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(
                 f"rasa_ext::{name}", key
@@ -187,7 +197,8 @@ def test_no_temporary_grows_with_the_tokens_but_the_results_and_the_ranks(dtypes
             OPS.rasa_linear(x, weight, None, *adapter, p, new_seed())
 
         def backward(x=x, weight=weight, adapter=adapter, s=s, y=y):
-            OPS.rasa_backward(y, x, weight, *adapter, s, p, new_seed(), [True] * 6)
+            lists = [[t] for t in adapter]
+            OPS.rasa_backward([y], x, [weight], *lists, s, p, new_seed(), [True] * 6)
 
         forward(), backward()  # first use compiles micro-kernels
         grown.append((allocated(forward), allocated(backward)))

@@ -8,14 +8,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from layers import new_seed, randn
-from models import TinyModel, trainable, trained
+from models import TinyModel, randomize_adapters, trainable, trained
 from reference import assert_accurate, dropped
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from rasa_ext import deferred_pool_gradients, grouped_linear
-from rasa_ext.injection import adapted_layers
+from rasa_ext.injection import adapted_layers, apply
 from rasa_ext.layer_ops import rasa_pool_gradients_
 from rasa_ext.module import SharedPool
 
@@ -175,6 +175,32 @@ def test_a_quantised_or_hooked_base_is_called():
     plain = gradients(model)
 
     assert_equal_gradients(gradients(model, deferred_pool_gradients(model, 2)), plain)
+
+
+class Fan(nn.Module):
+    """Three linears that are fed the same x, which apply() makes siblings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj"):
+            self.add_module(name, nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x) + torch.tanh(self.k_proj(x)) * self.v_proj(x)
+
+
+def test_siblings_share_their_mask_and_are_computed_one_by_one():
+    model = nn.Sequential(*(Fan() for _ in range(3)))
+    apply(model, r=4, k=1, target_modules=("q_proj", "k_proj", "v_proj"), dropout=0.3)
+    randomize_adapters(model).double().train()
+    assert model[0].q_proj.siblings is model[0].v_proj.siblings is not None
+    plain = gradients(model)
+
+    with Calls() as calls:
+        deferred = gradients(model, deferred_pool_gradients(model, 2))
+
+    assert_equal_gradients(deferred, plain)
+    assert calls.count["rasa_grouped_backward"] == 9
 
 
 def test_grouped_linear_sums_its_pools_by_itself():

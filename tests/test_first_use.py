@@ -11,6 +11,7 @@ import torch
 from cases import Case
 from layers import DTYPES, add_inputs, dtypes_id
 
+import rasa_ext
 from rasa_ext import rasa_add
 
 CASE = Case("first_use", 5, 16, 8, 3, 4)
@@ -51,3 +52,11 @@ def test_the_check_leaves_the_random_numbers_of_torch_alone(tmp_path):
         "assert torch.equal(torch.get_rng_state(), state)\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("num_sms", [16, 108, 132])
+@pytest.mark.parametrize("is_bf16", [True, False], ids=["bf16", "fp16"])
+def test_the_check_runs_every_cuda_kernel(is_bf16, num_sms):
+    used, existing = rasa_ext._C.first_use_kernels(is_bf16, num_sms)
+    assert len(set(existing)) == len(existing)
+    assert set(used) == set(existing)

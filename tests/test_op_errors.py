@@ -112,7 +112,8 @@ def test_backward_names_the_argument():
     wanted = [True] * 6
 
     def call(dy=base, x=x, weight=None, s=s):
-        return OPS.rasa_backward(dy, x, weight, *adapter, s, 0.0, None, wanted)
+        lists = [[t] for t in adapter]
+        return OPS.rasa_backward([dy], x, [weight], *lists, s, 0.0, None, wanted)
 
     with raises("rasa_backward: dy must be (M, N) = [5, 6], got [4, 6]"):
         call(dy=base[:4])

@@ -149,13 +149,13 @@ struct Loops {
       const P* row1 = static_cast<const P*>(src[1]);
       uint32_t* __restrict__ dst = static_cast<uint32_t*>(dst_);
       const Acc scale[2] = {static_cast<Acc>(scale_[0]), static_cast<Acc>(scale_[1])};
-      const uint16_t threshold = static_cast<uint16_t>(mask[0].threshold);
+      const uint16_t threshold = static_cast<uint16_t>(mask[row0 ? 0 : 1].threshold);
       const uint16_t *draws0 = mask[0].draws, *draws1 = mask[1].draws;
-      if (!row0) {
+      if (!row0 && !row1) {
         for (int64_t i = 0; i < n; ++i) dst[i] = 0;
-      } else if (!row1 || scale[0] != 1 || scale[1] != 1) {
+      } else if (!row0 || !row1 || scale[0] != 1 || scale[1] != 1) {
         for (int64_t i = 0; i < n; ++i) {
-          const bool kept0 = !draws0 || keeps(draws0[i], threshold);
+          const bool kept0 = row0 && (!draws0 || keeps(draws0[i], threshold));
           const bool kept1 = row1 && (!draws1 || keeps(draws1[i], threshold));
           dst[i] = (kept0 ? narrow<C>(widen(row0[i]) * scale[0]) : C{}).bits |
                    uint32_t{(kept1 ? narrow<C>(widen(row1[i]) * scale[1]) : C{}).bits} << 16;

@@ -30,6 +30,9 @@ DType product_dtype(const Program& program) {
 // A row stride of whole pages puts the same columns of all rows into the same few cache sets.
 constexpr int64_t kPageBytes = 4096;
 
+// What a row without memory reads as, in any type.
+alignas(64) constexpr char kZeroRow[8 * kTileDepth] = {};
+
 }  // namespace
 
 TileRunner::TileRunner(const Program& program)
@@ -64,15 +67,11 @@ char* TileRunner::row(const Matrix& matrix, int64_t i) const {
   return nullptr;
 }
 
-int64_t TileRunner::num_ranks(const Problem& p) const {
-  int64_t most = 0;
+bool TileRunner::has_rank(const Problem& p, int64_t n) const {
   for (int32_t i = 0; i < p.num_segments; ++i) {
-    const Matrix& B = program_.segments[p.first_segment + i].B;
-    int64_t rows = 0;
-    for (int32_t b = 0; b < B.num_blocks; ++b) rows += program_.blocks[B.first_block + b].rows;
-    most = std::max(most, rows);
+    if (row(program_.segments[p.first_segment + i].B, n)) return true;
   }
-  return most;
+  return false;
 }
 
 double TileRunner::load_scale(const void* scale, int64_t i) const {
@@ -171,19 +170,24 @@ void TileRunner::pack(Layout layout, const Problem& p, const Segment& s, Packed 
   const int64_t cols = layout == Layout::kNT ? std::min<int64_t>(kTileDepth, s.K - c0) : p.M;
   const int64_t rows_wanted = std::min<int64_t>(16, (layout == Layout::kNT ? p.N : s.K) - row0);
   const void* src[16];
-  int num_rows = 0;
-  for (; num_rows < rows_wanted; ++num_rows) {
-    const char* data = row(matrix, row0 + num_rows);
-    if (!data) break;
-    src[num_rows] = data + c0 * size;
-  }
+  const auto point_at_rows = [&](int64_t c) {
+    for (int64_t j = 0; j < rows_wanted; ++j) {
+      const char* data = row(matrix, row0 + j);
+      src[j] = data ? data + c * size : kZeroRow;
+    }
+  };
   if (layout == Layout::kTN) {
     const int64_t block = row0 / kWgradDepth * p.M * packed.ld;
-    ops(matrix.dtype)
-        .transpose(src, num_rows, cols, nullptr,
-                   packed.data + (block + row0 % kWgradDepth) * compute_size(), packed.ld);
+    char* dst = packed.data + (block + row0 % kWgradDepth) * compute_size();
+    for (int64_t c = 0; c < cols; c += kTileDepth) {
+      point_at_rows(c);
+      ops(matrix.dtype)
+          .transpose(src, rows_wanted, std::min<int64_t>(kTileDepth, cols - c), nullptr,
+                     dst + c * packed.ld * compute_size(), packed.ld);
+    }
     return;
   }
+  point_at_rows(c0);
   double scale[kTileDepth];
   if (s.scale_k) {
     for (int64_t c = 0; c < cols; ++c) {
@@ -197,7 +201,7 @@ void TileRunner::pack(Layout layout, const Problem& p, const Segment& s, Packed 
   }
   char* dst = packed.data + (c0 * packed.ld + row0 * pair) * compute_size();
   const auto transpose = pairs_ ? ops(matrix.dtype).transpose_pairs : ops(matrix.dtype).transpose;
-  transpose(src, num_rows, cols, s.scale_k ? scale : nullptr, dst, packed.ld);
+  transpose(src, rows_wanted, cols, s.scale_k ? scale : nullptr, dst, packed.ld);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -237,18 +241,30 @@ double TileRunner::row_scale(const Problem& p, int64_t m) const {
 }
 
 bool TileRunner::accumulates_in_place(const Problem& p, bool dropout) const {
-  if (p.C.dtype != acc_ || dropout) return false;
+  if (p.C.dtype != acc_ || p.C.num_blocks != 1 || p.C_in.num_blocks > 1 || dropout) return false;
   for (int32_t i = 0; i < p.num_segments; ++i) {
     if (program_.segments[p.first_segment + i].scale_m) return false;
   }
   return true;
 }
 
+void TileRunner::clear_padding(const Problem& p, int64_t n0, int64_t cols, int64_t rows, char* acc,
+                               int64_t ld_acc) const {
+  for (int64_t n = 0; n < cols;) {
+    int64_t end = n;
+    while (end < cols && !has_rank(p, n0 + end)) ++end;
+    for (int64_t r = 0; end > n && r < rows; ++r) {
+      std::memset(acc + (r * ld_acc + n) * acc_size(), 0, (end - n) * acc_size());
+    }
+    n = end + 1;
+  }
+}
+
 TileRunner::Tile TileRunner::stream_rows(const Problem& p, const Segment& s, bool dropout,
                                          int64_t m0, int64_t rows, int64_t k0, int64_t depth,
                                          const Scratch& scratch) const {
   const int64_t size = element_size(s.A.dtype);
-  if (s.A.dtype == compute_ && !dropout && !(pairs_ && depth % 2)) {
+  if (s.A.dtype == compute_ && s.A.num_blocks == 1 && !dropout && !(pairs_ && depth % 2)) {
     return {row(s.A, m0) + k0 * size, program_.blocks[s.A.first_block].ld};
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -261,7 +277,8 @@ TileRunner::Tile TileRunner::stream_rows(const Problem& p, const Segment& s, boo
       mask = {scratch.draws + r % kDropoutBlock * kTileDepth, p.drop_threshold};
     }
     char* dst = scratch.operand + r * kTileDepth * compute_size();
-    ops(s.A.dtype).convert_row(row(s.A, m0 + r) + k0 * size, 1.0, mask, dst, depth);
+    const char* data = row(s.A, m0 + r);
+    ops(s.A.dtype).convert_row(data ? data + k0 * size : kZeroRow, 1.0, mask, dst, depth);
     if (pairs_ && depth % 2) std::memset(dst + depth * compute_size(), 0, compute_size());
   }
   return {scratch.operand, kTileDepth};
@@ -307,11 +324,7 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
       }
     };
     sum_segments(p, rows, cols, m0, acc, ld_acc, add, scratch, multiply);
-    // Columns without a row of B: exact zeros, also where A holds an infinity.
-    const int64_t pad = layout == Layout::kNT ? std::max(num_ranks(p) - n0, int64_t{0}) : cols;
-    for (int64_t r = 0; pad < cols && r < rows; ++r) {
-      std::memset(acc + (r * ld_acc + pad) * acc_size(), 0, (cols - pad) * acc_size());
-    }
+    if (layout == Layout::kNT) clear_padding(p, n0, cols, rows, acc, ld_acc);
     if (in_place) continue;
 
     const double keep = keep_scale(p.drop_threshold);
@@ -325,9 +338,11 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
         }
         mask = {scratch.draws + r % kDropoutBlock * kTileColumns, p.drop_threshold};
       }
-      const char* c_in = p.C_in.num_blocks ? row(p.C_in, m0 + r) + n0 * c_size : nullptr;
-      c_ops.finish_row(acc + r * ld_acc * acc_size(), keep * row_scale(p, m0 + r), mask, c_in,
-                       row(p.C, m0 + r) + n0 * c_size, cols);
+      char* out = row(p.C, m0 + r);
+      if (!out) continue;
+      const char* c_in = row(p.C_in, m0 + r);
+      c_ops.finish_row(acc + r * ld_acc * acc_size(), keep * row_scale(p, m0 + r), mask,
+                       c_in ? c_in + n0 * c_size : nullptr, out + n0 * c_size, cols);
     }
   }
 }
@@ -408,8 +423,9 @@ void TileRunner::wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, 
     char* out = row(p.C, m0 + r);
     if (!out) continue;
     const int64_t size = element_size(p.C.dtype);
-    const char* c_in = p.C_in.num_blocks ? row(p.C_in, m0 + r) + n0 * size : nullptr;
-    ops(p.C.dtype).finish_row(acc, keep * row_scale(p, m0 + r), {}, c_in, out + n0 * size, cols);
+    const char* c_in = row(p.C_in, m0 + r);
+    ops(p.C.dtype).finish_row(acc, keep * row_scale(p, m0 + r), {},
+                              c_in ? c_in + n0 * size : nullptr, out + n0 * size, cols);
   }
 }
 

@@ -72,8 +72,11 @@ class TileRunner {
   int64_t compute_size() const { return element_size(compute_); }
   int64_t acc_size() const { return element_size(acc_); }
   char* row(const Matrix& matrix, int64_t i) const;
-  // The rows that the longest B of an NT problem has; C's columns beyond them are padding.
-  int64_t num_ranks(const Problem& p) const;
+  // Whether some B of an NT problem has a row n; if not, C's column n is padding.
+  bool has_rank(const Problem& p, int64_t n) const;
+  // Exact zeros where there is padding, also where A holds an infinity.
+  void clear_padding(const Problem& p, int64_t n0, int64_t cols, int64_t rows, char* acc,
+                     int64_t ld_acc) const;
   const TileOps& ops(DType storage) const;
   static uint64_t seed(const Segment& s) { return static_cast<uint64_t>(*s.seed); }
 

@@ -18,11 +18,28 @@ struct BlockList {
   DType dtype = DType::kF32;
 };
 
+// An argument block of the size that a kernel declares.
+class LaunchArgs {
+ public:
+  explicit LaunchArgs(int num_bytes) : words_(num_bytes / sizeof(uint64_t)) {}
+
+  KernelArgs* operator->() { return reinterpret_cast<KernelArgs*>(words_.data()); }
+  const KernelArgs* operator->() const {
+    return reinterpret_cast<const KernelArgs*>(words_.data());
+  }
+  unsigned char* data() { return reinterpret_cast<unsigned char*>(words_.data() + kHeaderWords); }
+  size_t num_bytes() const { return words_.size() * sizeof(uint64_t); }
+
+ private:
+  static constexpr size_t kHeaderWords = sizeof(KernelArgs) / sizeof(uint64_t);
+  std::vector<uint64_t> words_;
+};
+
 class ArgsBuilder {
  public:
   explicit ArgsBuilder(const Program& program) : program_(program) {}
 
-  // What a problem with these segments takes of KernelArgs::data.
+  // What a problem with these segments takes of an argument block.
   static size_t num_bytes(const Problem& p, const Segment* segments, int32_t num_segments) {
     int64_t blocks = int64_t{p.C.num_blocks} + p.C_in.num_blocks + p.row_dot_with.num_blocks;
     for (int32_t i = 0; i < num_segments; ++i) {
@@ -30,12 +47,16 @@ class ArgsBuilder {
     }
     return num_bytes(1, num_segments, blocks);
   }
-  static bool fits(size_t bytes) { return bytes <= sizeof(KernelArgs::data); }
+
+  // Row blocks that a problem of one segment may have.
+  static constexpr size_t kMaxBlocks = (kLargeArgBytes - sizeof(KernelArgs) - sizeof(ProblemArg) -
+                                        sizeof(int32_t) - sizeof(SegmentArg)) /
+                                       sizeof(Block);
 
   // All of the problem, or nothing of it where it does not fit. Fills in what `arg` says of the
   // matrices, the segments and dropout.
   bool add(ProblemArg arg, const Problem& p, const BlockList& C, const Segment* segments,
-           int32_t num_segments, int64_t num_tiles) {
+           int32_t num_segments, int64_t num_tiles, int arg_bytes) {
     const size_t old_segments = segments_.size(), old_blocks = blocks_.size();
     arg.first_segment = static_cast<int32_t>(old_segments);
     arg.num_segments = num_segments;
@@ -46,11 +67,12 @@ class ArgsBuilder {
     arg.keep_scale = static_cast<float>(keep_scale(p.drop_threshold));
     for (int32_t i = 0; i < num_segments; ++i) {
       const Segment& s = segments[i];
+      const void* scale_m = arg.scale_m == nullptr ? s.scale_m : nullptr;  // once
       segments_.push_back(
-          {s.scale_k, s.scale_m, matrix(list(s.A)), matrix(list(s.B)), s.seed, s.K, 0});
+          {s.scale_k, scale_m, matrix(list(s.A)), matrix(list(s.B)), s.seed, s.K, 0});
     }
     const size_t bytes = num_bytes(problems_.size() + 1, segments_.size(), blocks_.size());
-    if (!fits(bytes) || num_tiles_ + num_tiles > INT32_MAX) {
+    if (bytes > static_cast<size_t>(arg_bytes) || num_tiles_ + num_tiles > INT32_MAX) {
       segments_.resize(old_segments);
       blocks_.resize(old_blocks);
       return false;
@@ -68,33 +90,34 @@ class ArgsBuilder {
   bool is_empty() const { return problems_.empty(); }
   int64_t num_tiles() const { return num_tiles_; }
 
-  // Writes the block and starts an empty one.
-  void finish(KernelArgs& args) {
-    args.workspace = nullptr;
-    args.num_problems = static_cast<int32_t>(problems_.size());
-    args.num_tiles = static_cast<int32_t>(num_tiles_);
-    args.scale_dtype = program_.scale_dtype;
+  // Hands over the block and starts an empty one.
+  LaunchArgs finish(int arg_bytes) {
+    LaunchArgs args(arg_bytes);
+    args->num_problems = static_cast<int32_t>(problems_.size());
+    args->num_tiles = static_cast<int32_t>(num_tiles_);
+    args->scale_dtype = program_.scale_dtype;
     size_t at = 0;
     const auto put = [&](const void* source, size_t bytes) {
-      if (bytes > 0) std::memcpy(args.data + at, source, bytes);
+      if (bytes > 0) std::memcpy(args.data() + at, source, bytes);
       at += bytes;
       return static_cast<int32_t>(at - bytes);
     };
     put(problems_.data(), problems_.size() * sizeof(ProblemArg));
-    args.segments_at = put(segments_.data(), segments_.size() * sizeof(SegmentArg));
-    args.blocks_at = put(blocks_.data(), blocks_.size() * sizeof(Block));
-    args.tile_starts_at = put(tile_starts_.data(), tile_starts_.size() * sizeof(int32_t));
+    args->segments_at = put(segments_.data(), segments_.size() * sizeof(SegmentArg));
+    args->blocks_at = put(blocks_.data(), blocks_.size() * sizeof(Block));
+    args->tile_starts_at = put(tile_starts_.data(), tile_starts_.size() * sizeof(int32_t));
     problems_.clear();
     segments_.clear();
     blocks_.clear();
     tile_starts_.clear();
     num_tiles_ = 0;
+    return args;
   }
 
  private:
   static size_t num_bytes(size_t problems, size_t segments, size_t blocks) {
-    return problems * (sizeof(ProblemArg) + sizeof(int32_t)) + segments * sizeof(SegmentArg) +
-           blocks * sizeof(Block);
+    return sizeof(KernelArgs) + problems * (sizeof(ProblemArg) + sizeof(int32_t)) +
+           segments * sizeof(SegmentArg) + blocks * sizeof(Block);
   }
 
   MatrixArg matrix(const BlockList& m) {

@@ -3,6 +3,7 @@
 
 #include "../gemm_problem.h"
 #include "../host_device.h"
+#include "kernel_args.h"
 #include "smem_layout.h"
 
 namespace rasa::cuda {
@@ -99,8 +100,13 @@ constexpr bool config_is_sound(const TileConfig& c) {
 }
 
 // Which configs grouped_gemm.cu instantiates with dropout beside those without.
-constexpr bool has_dropout_kernel(ConfigId id) {
-  return !tile_config(id).scales_segments && id != ConfigId::kMerge;
+constexpr bool has_dropout_kernel(ConfigId id) { return id != ConfigId::kMerge; }
+
+// The argument block that the kernel declares: large where a group has many problems, or a problem
+// many segments.
+constexpr int arg_bytes(ConfigId id) {
+  const bool is_large = tile_config(id).scales_segments || id == ConfigId::kMerge;
+  return is_large ? kLargeArgBytes : kSmallArgBytes;
 }
 
 // Dropout's registers leave room for one block of any config.

@@ -311,7 +311,7 @@ class GemmTile {
 
 template <ConfigId kId, class Element, bool kDropout>
 __global__ void __launch_bounds__(tile_config(kId).threads(), blocks_per_sm(kId, kDropout))
-    grouped_gemm_sm80(const __grid_constant__ KernelArgs args) {
+    grouped_gemm_sm80(const __grid_constant__ ArgsBlock<arg_bytes(kId)> args) {
   extern __shared__ __align__(1024) char smem[];
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x) {

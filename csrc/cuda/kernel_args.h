@@ -1,5 +1,5 @@
 // The argument block of the kernels: passed by value, so it needs no copy to the device and can be
-// captured in a CUDA graph. Flat arrays, packed into one buffer.
+// captured in a CUDA graph. A header, and flat arrays packed into the bytes after it.
 #pragma once
 
 #include "../gemm_problem.h"
@@ -7,7 +7,10 @@
 
 namespace rasa::cuda {
 
-constexpr int kMaxArgBytes = 32764;  // from CUDA 12.1 on, sm_70+
+// A launch copies as many bytes as the kernel declares, used or not: kernels that are launched
+// often, for a problem or two, declare the small block.
+constexpr int kSmallArgBytes = 4096;
+constexpr int kLargeArgBytes = 32760;  // 32,764 at most, from CUDA 12.1 on, sm_70+
 
 struct MatrixArg {
   uint16_t first_block, num_blocks;
@@ -52,7 +55,10 @@ struct KernelArgs {
   int32_t num_problems, num_tiles;
   int32_t segments_at, blocks_at, tile_starts_at;  // in data, in bytes; problems are at 0
   DType scale_dtype;
-  alignas(8) unsigned char data[32760 - 32];
+
+  RASA_HD const unsigned char* data() const {
+    return reinterpret_cast<const unsigned char*>(this + 1);
+  }
 
   RASA_HD float* workspace_floats(int32_t at) const {
     return static_cast<float*>(workspace) + int64_t{at} * (kWorkspaceUnit / 4);
@@ -61,16 +67,16 @@ struct KernelArgs {
   // By reference, never by value: a reference compiles to loads from the constant bank, a copy to
   // local memory.
   RASA_HD const ProblemArg& problem(int i) const {
-    return reinterpret_cast<const ProblemArg*>(data)[i];
+    return reinterpret_cast<const ProblemArg*>(data())[i];
   }
   RASA_HD const SegmentArg& segment(int i) const {
-    return reinterpret_cast<const SegmentArg*>(data + segments_at)[i];
+    return reinterpret_cast<const SegmentArg*>(data() + segments_at)[i];
   }
   RASA_HD const Block& block(int i) const {
-    return reinterpret_cast<const Block*>(data + blocks_at)[i];
+    return reinterpret_cast<const Block*>(data() + blocks_at)[i];
   }
   RASA_HD int32_t tile_start(int problem) const {
-    return reinterpret_cast<const int32_t*>(data + tile_starts_at)[problem];
+    return reinterpret_cast<const int32_t*>(data() + tile_starts_at)[problem];
   }
 
   // tile_start(p) <= tile < tile_start(p + 1)
@@ -87,7 +93,14 @@ struct KernelArgs {
     return first;
   }
 };
-static_assert(sizeof(KernelArgs) <= kMaxArgBytes, "a kernel's arguments take 32,764 bytes at most");
+
+template <int kBytes>
+struct ArgsBlock : KernelArgs {
+  unsigned char bytes[kBytes - sizeof(KernelArgs)];
+};
+static_assert(sizeof(KernelArgs) == 32 && sizeof(ArgsBlock<kLargeArgBytes>) == kLargeArgBytes &&
+                  sizeof(ArgsBlock<kSmallArgBytes>) == kSmallArgBytes,
+              "data follows the header");
 static_assert(sizeof(SegmentArg) == 48 && sizeof(ProblemArg) == 72 && sizeof(Block) == 16,
               "224 merges of two blocks each must fit two launches");
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -20,10 +21,10 @@ struct Launch {
   DType element;
   bool has_dropout;
   int32_t grid, threads, smem_bytes;
-  KernelArgs args;
+  LaunchArgs args;
 };
 
-// Run the launches in order on one stream, each with args.workspace set to the same memory of
+// Run the launches in order on one stream, each with args->workspace set to the same memory of
 // workspace_bytes; what lies there before does not matter.
 struct GroupPlan {
   std::vector<Launch> launches;
@@ -89,9 +90,12 @@ class GroupPlanner {
     }
     const bool drops = p.drop_threshold > 0;
     ConfigId id = select_config(group_.layout, p.M, p.N, max_K, has_scale_m && p.num_segments > 1);
-    if (drops && id == ConfigId::kMerge) id = ConfigId::kWgrad160;
-    if (drops && !has_dropout_kernel(id)) {
-      throw std::invalid_argument("no kernel has dropout and a scale_m for each segment");
+    // A merge has neither.
+    if (id == ConfigId::kMerge && (drops || p.row_dot != nullptr)) id = ConfigId::kWgrad160;
+    // The kernels with a scale for each segment take the most arguments.
+    const size_t bytes = ArgsBuilder::num_bytes(p, segments(p), p.num_segments);
+    if (bytes > static_cast<size_t>(arg_bytes(id))) {
+      id = select_config(group_.layout, p.M, p.N, max_K, true);
     }
     return id == kernel_.config && drops == kernel_.has_dropout;
   }
@@ -131,7 +135,7 @@ class GroupPlanner {
     arg.M = p.M;
     arg.N = p.N;
     arg.partials_at = arg.row_dots_at = -1;
-    if (p.num_segments == 1 && !tile().scales_segments) arg.scale_m = segments(p)->scale_m;
+    if (p.num_segments == 1) arg.scale_m = segments(p)->scale_m;
     int32_t splits = 0;
     for (const Piece& piece : pieces) splits += piece.num_splits;
     if (splits > 1) {
@@ -160,7 +164,7 @@ class GroupPlanner {
     const Segment* first = program_.segments.data() + piece.first_segment;
     const auto added = [&] {
       return builder_.add(arg, p, builder_.list(p.C), first, piece.num_segments,
-                          num_tiles(p) * piece.num_splits);
+                          num_tiles(p) * piece.num_splits, arg_bytes(kernel_.config));
     };
     if (added()) return;
     if (!builder_.is_empty()) launch();
@@ -174,12 +178,14 @@ class GroupPlanner {
     do {
       int32_t count = std::min(p.num_segments - first, 1);
       const Segment* s = segments(p) + first;
-      while (first + count < p.num_segments &&
-             ArgsBuilder::fits(ArgsBuilder::num_bytes(p, s, count + 1))) {
+      const size_t room = arg_bytes(kernel_.config);
+      while (first + count < p.num_segments && ArgsBuilder::num_bytes(p, s, count + 1) <= room) {
         ++count;
       }
-      if (!ArgsBuilder::fits(ArgsBuilder::num_bytes(p, s, count))) {
-        throw std::invalid_argument("one segment has more row blocks than one launch can take");
+      if (ArgsBuilder::num_bytes(p, s, count) > room) {
+        throw std::invalid_argument("a segment and its problem may have at most " +
+                                    std::to_string(ArgsBuilder::kMaxBlocks) +
+                                    " row blocks in their matrices");
       }
       const int32_t k = num_k(s, count);
       pieces.push_back({p.first_segment + first, count, k, num_splits(k, k_per_split)});
@@ -214,10 +220,12 @@ class GroupPlanner {
                                                  : BlockList{&r.row_dot, 1, program_.scale_dtype};
     const int64_t columns = kReduceThreads / reduce_groups(r.arg.num_partials);
     const int64_t tiles = ceil_div(r.arg.M * ceil_div(r.arg.N, 4), columns);
-    const auto added = [&] { return builder_.add(r.arg, r.problem, C, nullptr, 0, tiles); };
+    const auto added = [&] {
+      return builder_.add(r.arg, r.problem, C, nullptr, 0, tiles, arg_bytes(kernel_.config));
+    };
     if (added()) return;
     if (!builder_.is_empty()) launch();
-    if (!added()) throw std::invalid_argument("C has more row blocks than one launch can take");
+    if (!added()) throw std::invalid_argument("C is too large for one launch");
   }
 
   // Where `floats` of the workspace begin, in kWorkspaceUnit bytes.
@@ -231,18 +239,14 @@ class GroupPlanner {
   }
 
   void launch() {
-    launches_.emplace_back();
-    Launch& launch = launches_.back();
-    launch.config = kernel_.config;
-    launch.element = program_.dtype;
-    launch.has_dropout = kernel_.has_dropout;
     const bool reduces = kernel_.config == ConfigId::kReduce;
-    launch.threads = reduces ? kReduceThreads : tile().threads();
-    launch.smem_bytes = reduces ? 0 : tile().smem_bytes();
     // Persistent: no more blocks than fit the GPU at once.
     const int64_t resident = reduces ? int64_t{device_.num_sms} * kReduceBlocks : num_slots();
-    launch.grid = static_cast<int32_t>(std::min(builder_.num_tiles(), resident));
-    builder_.finish(launch.args);
+    const int32_t grid = static_cast<int32_t>(std::min(builder_.num_tiles(), resident));
+    launches_.push_back({kernel_.config, program_.dtype, kernel_.has_dropout, grid,
+                         reduces ? kReduceThreads : tile().threads(),
+                         reduces ? 0 : tile().smem_bytes(),
+                         builder_.finish(arg_bytes(kernel_.config))});
   }
 
   const Program& program_;

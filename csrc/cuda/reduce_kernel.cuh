@@ -7,6 +7,7 @@
 #pragma once
 
 #include "element.cuh"
+#include "gemm_config.h"
 #include "operand_tile.cuh"
 #include "split.h"
 
@@ -32,7 +33,7 @@ __device__ __forceinline__ void add(float4& sum, const float4& x) {
 
 template <class Element>
 __global__ void __launch_bounds__(kReduceThreads)
-    reduce_partials(const __grid_constant__ KernelArgs args) {
+    reduce_partials(const __grid_constant__ ArgsBlock<arg_bytes(ConfigId::kReduce)> args) {
   __shared__ float4 group_sums[kReduceThreads];
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x) {

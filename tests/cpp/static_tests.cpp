@@ -170,6 +170,15 @@ constexpr bool configs_hold() {
 }
 static_assert(configs_hold(), "every config fits the shared memory of every architecture");
 
+static_assert(arg_bytes(select_config(Layout::kNT, 4096, 40, 4096, false)) == kSmallArgBytes &&
+                  arg_bytes(select_config(Layout::kNN, 4096, 4096, 156, false)) == kSmallArgBytes &&
+                  arg_bytes(select_config(Layout::kTN, 156, 4096, 4096, false)) == kSmallArgBytes &&
+                  arg_bytes(ConfigId::kReduce) == kSmallArgBytes,
+              "a training step's launches copy few arguments");
+static_assert(arg_bytes(select_config(Layout::kTN, 4096, 4096, 40, false)) == kLargeArgBytes &&
+                  arg_bytes(select_config(Layout::kTN, 128, 4096, 64, true)) == kLargeArgBytes,
+              "merges and pools of all layers share a launch");
+
 constexpr bool rank_fits_one_tile(int64_t R) {
   const TileConfig shrink = tile_config(select_config(Layout::kNT, 4096, R, 4096, false));
   const TileConfig wgrad = tile_config(select_config(Layout::kTN, R, 4096, 4096, false));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,12 @@ from torch import Tensor
 from ptx.planned_gemm import Device, ProblemCase, SegmentCase
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-RANKS = {7: (0, 7), 14: (1, 13), 28: (16, 12), 39: (32, 7), 78: (64, 14), 156: (128, 28)}
+SPLITTING = Device(num_sms=7, reduce_launch=0)
+NAMES = {BF16: "bf16", F16: "f16"}
+# R = L·k + (r - k): (r, k) = (8, 1), (16, 2) and (32, 4) at L = 30 and 32, and odd ones.
+RANKS = {7: (0, 7), 14: (1, 13), 28: (16, 12)} | {
+    L * k + 7 * k: (L * k, 7 * k) for L in (30, 32) for k in (1, 2, 4)
+}
 
 
 @dataclass(frozen=True)
@@ -118,12 +124,13 @@ def segments(
     return ProblemCase(M, N, [one(K) for K in Ks], [m.empty(M, N, dtype)])
 
 
-def dropped(case: ProblemCase, p: float = 0.3) -> ProblemCase:
-    """The same with dropout."""
-    seeds = [
-        torch.tensor([0x1234_5678_9ABC + i], dtype=torch.int64) for i in range(len(case.segments))
-    ]
-    segments = [replace(s, seed=seed) for s, seed in zip(case.segments, seeds, strict=True)]
+def dropped(case: ProblemCase, p: float = 0.3, one_seed: bool = False) -> ProblemCase:
+    """The same with dropout, of one seed where the product of all segments is dropped."""
+
+    def seed(i: int) -> torch.Tensor:
+        return torch.tensor([0x1234_5678_9ABC + (0 if one_seed else i)], dtype=torch.int64)
+
+    segments = [replace(s, seed=seed(i)) for i, s in enumerate(case.segments)]
     return replace(case, p=p, segments=segments)
 
 
@@ -139,74 +146,129 @@ def strided(m: Maker, extra: int) -> Maker:
     return m
 
 
-def _forms(name: str, R: int, M: int, width: int, make: Callable[[], Maker]) -> list[Group]:
+def _forms(
+    name: str, R: int, M: int, width: int, make: Callable[[], Maker], drops: bool = False
+) -> list[Group]:
     m = make()
-    types = (m.dtype, m.adapter)
+
+    def group(form: str, layout: str, case: Callable[[Maker], ProblemCase]) -> Group:
+        def cases() -> list[ProblemCase]:
+            return [dropped(case(make())) if drops else case(make())]
+
+        return Group(f"{form}-{name}", layout, cases, m.dtype, m.adapter)
+
     return [
-        Group(f"shrink-{name}", "NT", lambda: [shrink(make(), M, width, R)], *types),
-        Group(f"expand-{name}", "NN", lambda: [expand(make(), M, width, R)], *types),
-        Group(f"wgrad-{name}", "TN", lambda: [wgrad(make(), M, width, R, (True, True))], *types),
+        group("shrink", "NT", lambda m: shrink(m, M, width, R)),
+        group("expand", "NN", lambda m: expand(m, M, width, R)),
+        group("wgrad", "TN", lambda m: wgrad(m, M, width, R, (True, True))),
     ]
 
 
-def _dropout(R: int) -> list[Group]:
-    return [
-        Group(f"shrink-drop-R{R}", "NT", lambda: [dropped(shrink(Maker(), 130, 104, R))]),
-        Group(f"expand-drop-R{R}", "NN", lambda: [dropped(expand(Maker(), 70, 152, R))]),
-        Group(
-            f"wgrad-drop-R{R}", "TN", lambda: [dropped(wgrad(Maker(), 100, 152, R, (True, True)))]
-        ),
-    ]
+def _ranks() -> list[Group]:
+    """Every tile shape with every dtype, with and without dropout."""
+    groups = []
+    for R30, R32 in ((37, 39), (74, 78), (148, 156)):
+        for dtype in (BF16, F16):
+            for drops in (False, True):
+                R = R30 if drops == (dtype is BF16) else R32
+                name = f"R{R}-{NAMES[dtype]}" + ("-drop" if drops else "")
+                groups += _forms(name, R, 70, 136, partial(Maker, dtype), drops)
+    return groups
 
 
-def _segments(scaled: bool) -> list[Group]:
-    name = "scaled" if scaled else "summed"
-    return [
-        Group(
-            f"{layout}-{name}",
-            layout,
-            lambda layout=layout, dtype=dtype: [  # type: ignore[misc]
-                segments(Maker(), layout, M, N, [40, 72, 8], scaled, dtype)
-                for M, N in ((70, 40), (39, 136))
-            ],
+def _segments() -> list[Group]:
+    """Sums over segments: with one sum, with a scale_m and a seed for each, and split."""
+
+    def group(layout: str, dtype: torch.dtype, scaled: bool, drops: bool, split: bool) -> Group:
+        def cases() -> list[ProblemCase]:
+            m = Maker(dtype)
+            shape = (70, 40) if dtype is BF16 else (39, 136)
+            C_dtype = F32 if layout == "TN" else dtype
+            Ks = [200, 136, 8] if split else [40, 72, 8]
+            case = segments(m, layout, *shape, Ks, scaled, C_dtype)
+            return [dropped(case, one_seed=layout == "NN") if drops else case]
+
+        words = ("scaled" if scaled else "summed", NAMES[dtype])
+        name = "-".join(
+            (layout, *words, *(["drop"] if drops else []), *(["split"] if split else []))
         )
-        for layout, dtype in (("NT", BF16), ("NN", BF16), ("TN", F32))
+        return Group(name, layout, cases, dtype, dtype, SPLITTING if split else Device())
+
+    forms = [(layout, dtype) for layout in ("NT", "NN", "TN") for dtype in (BF16, F16)]
+    return [
+        *(group(*form, scaled=False, drops=form[1] is F16, split=False) for form in forms),
+        *(
+            group(*form, scaled=True, drops=drops, split=False)
+            for form in forms
+            for drops in (False, True)
+        ),
+        *(group("TN", dtype, scaled=True, drops=True, split=True) for dtype in (BF16, F16)),
     ]
 
 
-SPLITTING = Device(num_sms=7, reduce_launch=0)
+def _pool(rows: int, layers: int, dtype: torch.dtype) -> list[ProblemCase]:
+    """dA_shared += Σ_layers d ∘ gᵀ · dropped x: a seed and gates for each layer, into fp32."""
+    m = Maker(dtype, F32)
+    case = segments(m, "TN", rows, 40, [16] * layers, True, F32)
+    total = m.matrix(rows, 40, F32)
+    return [dropped(replace(case, C=[total], C_in=[total]))]
 
 
-def _splits(R: int, long: int, short: int) -> list[Group]:
+def _continued(m: Maker, layout: str) -> list[ProblemCase]:
+    """More row blocks than the arguments of one launch hold, added to a 16-bit C in place."""
+
+    def cut(t: Tensor) -> list[Tensor]:
+        return [row[None] for row in t]
+
+    if layout == "TN":  # blocks of one token each
+        case = segments(m, "TN", 14, 24, [700, 700, 700], True, BF16)
+        parts = [replace(s, A=cut(s.A[0])) for s in case.segments]
+    else:
+        case = segments(m, "NN", 340, 24, [8] * 7, False, BF16)
+        parts = [replace(s, A=cut(s.A[0])) for s in case.segments]
+    C = m.matrix(case.M, case.N)
+    return [dropped(replace(case, segments=parts, C=[C], C_in=[C]), one_seed=layout == "NN")]
+
+
+def _splits(R: int, long: int, short: int, dtype: torch.dtype, drops: bool) -> list[Group]:
     """Long reductions of few tiles."""
 
     def shrinks() -> list[ProblemCase]:
-        m = Maker()
-        return [shrink(m, 70, long, R), shrink(m, 33, short, R)]
+        m = Maker(dtype)
+        cases = [shrink(m, 70, long, R), shrink(m, 33, short, R)]
+        return [dropped(case) if drops else case for case in cases]
 
     def wgrads() -> list[ProblemCase]:
-        m = Maker()
-        return [
-            dotted(m, wgrad(m, short, 72, R, (False, True))),
-            dotted(m, wgrad(m, long, 136, R, (True, True))),
-        ]
+        m = Maker(dtype)
+        cases = [wgrad(m, short, 72, R, (False, True)), wgrad(m, long, 136, R, (True, True))]
+        cases = [dotted(m, case) for case in cases]
+        return [dropped(case) if drops else case for case in cases]
 
+    types, name = (dtype, dtype, SPLITTING), f"R{R}-{NAMES[dtype]}" + ("-drop" if drops else "")
     return [
-        Group(f"shrink-split-R{R}", "NT", shrinks, device=SPLITTING),
-        Group(f"wgrad-split-R{R}", "TN", wgrads, device=SPLITTING),
-        Group(
-            f"shrink-split-drop-R{R}",
-            "NT",
-            lambda: [dropped(case) for case in shrinks()],
-            device=SPLITTING,
-        ),
-        Group(
-            f"wgrad-split-drop-R{R}",
-            "TN",
-            lambda: [dropped(case) for case in wgrads()],
-            device=SPLITTING,
-        ),
+        Group(f"shrink-split-{name}", "NT", shrinks, *types),
+        Group(f"wgrad-split-{name}", "TN", wgrads, *types),
     ]
+
+
+def _in_place(layout: str, dtype: torch.dtype) -> list[ProblemCase]:
+    """Added to an fp32 C."""
+    m = Maker(dtype)
+    if layout == "TN":
+        case = wgrad(m, 70, 72, 39, (True, True))
+        total = [m.matrix(rows, 72, F32) for rows in RANKS[39]]
+    else:
+        case = shrink(m, 33, 72, 39) if layout == "NT" else expand(m, 33, 72, 39)
+        total = [m.matrix(case.M, case.N, F32)]
+    return [replace(case, C=list(total), C_in=total)]
+
+
+def _empty() -> list[ProblemCase]:
+    """No rows, no columns, no reduction; then one with all."""
+    m = Maker()
+    cases = [expand(m, M, N, 14) for M, N in ((0, 8), (8, 0))]
+    nothing = ProblemCase(9, 24, [SegmentCase([], [], 0)], [m.empty(9, 24)])
+    return [*cases, nothing, expand(m, 9, 24, 14)]
 
 
 def _row_dots() -> list[Group]:
@@ -234,28 +296,33 @@ def _row_dots() -> list[Group]:
 
 
 GROUPS: list[Group] = [
-    *(g for R in (7, 14, 28) for g in _forms(f"R{R}", R, 33, 72, Maker)),
-    *_forms("R39", 39, 200, 136, Maker),
-    *_forms("R78", 78, 130, 136, Maker),
-    *_forms("R156", 156, 130, 72, Maker),
-    *_forms("f16", 39, 70, 136, lambda: Maker(F16)),
-    *_forms("f32-adapter", 39, 70, 136, lambda: Maker(BF16, F32)),
+    *_ranks(),
+    *(g for R in (7, 14, 28) for g in _forms(f"R{R}", R, 33, 40, Maker)),
+    *_forms("many-tiles", 39, 200, 264, Maker),
+    *_forms("f32-adapter", 39, 33, 72, lambda: Maker(BF16, F32)),
     *_forms("f32-adapter-f16", 14, 33, 40, lambda: Maker(F16, F32)),
     Group("expand-tiny-f16", "NN", lambda: [tiny(expand(Maker(F16, F32), 40, 72, 39))], F16, F32),
     Group("merge-tiny-f16", "TN", lambda: [tiny(merge(Maker(F16), 168, 40, 14))], F16, F16),
-    *_forms("aligned-stride", 39, 70, 136, lambda: strided(Maker(), 8)),
-    *_forms("odd-stride", 39, 70, 136, lambda: strided(Maker(), 3)),
+    *_forms("aligned-stride", 39, 33, 72, lambda: strided(Maker(), 8)),
+    *_forms("odd-stride", 39, 33, 72, lambda: strided(Maker(), 3)),
     *_forms("odd-width", 14, 33, 61, Maker),
     *_forms("one-row", 14, 1, 40, Maker),
-    Group("expand-in-place", "NN", lambda: [expand(Maker(), 130, 136, 39, in_place=True)]),
+    Group("expand-in-place", "NN", lambda: [expand(Maker(), 70, 72, 39, in_place=True)]),
+    Group("shrink-in-place-f32", "NT", lambda: _in_place("NT", BF16)),
+    Group("expand-in-place-f32", "NN", lambda: _in_place("NN", F16), F16, F16),
+    Group("wgrad-in-place-f32", "TN", lambda: _in_place("TN", F16), F16, F16),
     Group("wgrad-private-only", "TN", lambda: [wgrad(Maker(), 70, 40, 39, (False, True))]),
+    Group("empty", "NN", _empty),
     Group("merge", "TN", lambda: [merge(Maker(), 200, 136, 39)]),
     Group("merge-f16", "TN", lambda: [merge(Maker(F16, F32), 168, 40, 14)], F16, F32),
-    *_segments(scaled=False),
-    *_segments(scaled=True),
-    *(g for R in (39, 78, 156) for g in _dropout(R)),
+    *_segments(),
+    Group("pool-30-layers", "TN", lambda: _pool(30, 30, BF16), BF16, F32),
+    Group("pool-32-layers-f16", "TN", lambda: _pool(64, 32, F16), F16, F32),
+    Group("TN-continued", "TN", lambda: _continued(Maker(), "TN")),
+    Group("NN-continued", "NN", lambda: _continued(Maker(), "NN")),
     *_row_dots(),
-    *_splits(39, 520, 392),
-    *_splits(78, 712, 392),
-    *_splits(156, 904, 608),
+    *_splits(39, 520, 392, BF16, drops=True),
+    *_splits(37, 520, 392, F16, drops=False),
+    *_splits(78, 712, 392, F16, drops=True),
+    *_splits(156, 904, 608, BF16, drops=False),
 ]

@@ -39,13 +39,13 @@ void launch_shape(int i, int* out) {
                         launch.grid,
                         launch.threads,
                         launch.smem_bytes,
-                        launch.args.num_problems};
+                        launch.args->num_problems};
   for (int k = 0; k < 6; ++k) out[k] = values[k];
 }
 
 int64_t workspace_bytes() { return group_plan.workspace_bytes; }
 
-int args_size() { return sizeof(rasa::cuda::KernelArgs); }
-const void* launch_args(int i) { return &group_plan.launches[i].args; }
+int args_size(int i) { return static_cast<int>(group_plan.launches[i].args.num_bytes()); }
+const void* launch_args(int i) { return group_plan.launches[i].args.operator->(); }
 
 }  // extern "C"

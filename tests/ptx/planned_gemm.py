@@ -181,7 +181,7 @@ class Planned:
         shape = (C.c_int * 6)()
         _shim().launch_shape(i, shape)
         config, has_dropout, grid, threads, smem, num_problems = shape
-        args = C.string_at(_shim().launch_args(i), _shim().args_size())
+        args = C.string_at(_shim().launch_args(i), _shim().args_size(i))
         args = self._workspace.at(0).to_bytes(8, "little") + args[8:]  # the pointer comes first
         return Launch(config, bool(has_dropout), grid, threads, smem, num_problems, args)
 
@@ -268,7 +268,7 @@ def formula(layout: str, case: ProblemCase, dtype: torch.dtype, C_dtype: torch.d
     total = torch.zeros(case.M, case.N, dtype=C_dtype)
     if case.C_in:
         total += _axis(case.C_in, case.M).to(C_dtype)
-    for s in case.segments:
+    for s in (s for s in case.segments if s.K):
         product = _product(layout, case, s, dtype)
         if s.scale_m is not None:
             product = s.scale_m.to(dtype)[:, None] * product

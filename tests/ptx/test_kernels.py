@@ -8,7 +8,15 @@ import torch
 from ptx.conftest import ModuleLoader, SummaryLines
 from ptx.executor import Module, Options, counter_row, counter_table
 from ptx.gemm_programs import GROUPS, Group, Maker, dropped, expand, merge, shrink, wgrad
-from ptx.planned_gemm import CSRC, KERNELS, Planned, ProblemCase, SegmentCase, check
+from ptx.planned_gemm import (
+    CSRC,
+    KERNELS,
+    Planned,
+    ProblemCase,
+    SegmentCase,
+    check,
+    kernel_name,
+)
 from rasa_ext import dropout_mask
 
 ADVERSARIAL = [Options(adversarial=True, seed=s) for s in (1, 2, 3)]
@@ -19,8 +27,12 @@ def module(ptx_module: ModuleLoader) -> Module:
     return ptx_module(KERNELS, "sm_80", include=(CSRC,))
 
 
+def plan(group: Group) -> Planned:
+    return Planned(group.layout, group.dtype, group.make(), group.scale_dtype, group.device)
+
+
 def run_and_check(module: Module, group: Group, options: Options) -> Planned:
-    planned = Planned(group.layout, group.dtype, group.make(), group.scale_dtype, group.device)
+    planned = plan(group)
     for result in planned.run(module, options):
         assert result.ok, result.report()
     check(planned, group.layout)
@@ -33,9 +45,24 @@ def test_a_group_is_right_in_every_schedule(module: Module, group: Group) -> Non
         run_and_check(module, group, options)
 
 
+def test_every_kernel_is_run_by_some_group(module: Module) -> None:
+    run = {
+        kernel_name(module, launch, group.dtype)
+        for group in GROUPS
+        for launch in plan(group).launches
+    }
+    assert run == set(module.entries)
+
+
+@pytest.mark.parametrize("group", [g for g in GROUPS if "split" in g.name], ids=lambda g: g.name)
+def test_a_long_reduction_of_few_tiles_is_split(group: Group) -> None:
+    outputs = sum(t.numel() for case in group.make() for t in case.C if isinstance(t, torch.Tensor))
+    assert plan(group).workspace_bytes >= 2 * 4 * outputs
+
+
 @pytest.mark.parametrize("layout", ["NT", "TN"])
 def test_a_split_sum_repeats_bit_by_bit(module: Module, layout: str) -> None:
-    (group,) = (g for g in GROUPS if g.layout == layout and g.name.endswith("split-drop-R39"))
+    (group,) = (g for g in GROUPS if g.layout == layout and g.name.endswith("split-R39-bf16-drop"))
     runs = [run_and_check(module, group, options) for options in ADVERSARIAL[:2]]
     assert runs[0].workspace_bytes > 0
     for first, second in zip(*(run.results() for run in runs), strict=True):
@@ -106,6 +133,11 @@ def test_what_no_kernel_does_is_refused() -> None:
     case = shrink(Maker(torch.float32), 8, 8, 7)
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         Planned("NT", torch.float32, [case], torch.float32)
+    m = Maker()
+    rows = [m.matrix(1, 8) for _ in range(2040)]
+    many = ProblemCase(2040, 8, [SegmentCase(rows, [m.matrix(8, 8)], 8)], [m.empty(2040, 8)])
+    with pytest.raises(ValueError, match="at most 2037 row blocks"):
+        Planned("NN", m.dtype, [many], m.dtype)
 
 
 def _bytes(*tensors: torch.Tensor) -> int:

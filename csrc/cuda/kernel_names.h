@@ -1,0 +1,44 @@
+// Kernels by name, for messages and tests. Pure C++, no torch and no CUDA.
+#pragma once
+
+#include <string>
+
+#include "plan.h"
+
+namespace rasa::cuda {
+
+// "NT 128x40x64 bf16 dropout": layout, tile and element say which kernel it is.
+inline std::string kernel_name(ConfigId config, DType element, bool has_dropout) {
+  const std::string type = element == DType::kBF16 ? " bf16" : " fp16";
+  if (config == ConfigId::kReduce) return "sum of partials" + type;
+  const TileConfig tile = tile_config(config);
+  const char* layout = tile.layout == Layout::kNT ? "NT" : tile.layout == Layout::kNN ? "NN" : "TN";
+  std::string name = std::string(layout) + " " + std::to_string(tile.block_m) + "x" +
+                     std::to_string(tile.block_n) + "x" + std::to_string(tile.block_k);
+  if (tile.scales_segments) name += " scaled";
+  return name + type + (has_dropout ? " dropout" : "");
+}
+
+// The kernels of a program, one for each launch.
+inline std::vector<std::string> kernel_names(const Program& program, const DeviceInfo& device) {
+  std::vector<std::string> names;
+  for (const Group& group : program.groups) {
+    for (const Launch& l : plan(program, group, device).launches) {
+      names.push_back(kernel_name(l.config, l.element, l.has_dropout));
+    }
+  }
+  return names;
+}
+
+// Every kernel there is for an element.
+inline std::vector<std::string> all_kernel_names(DType element) {
+  std::vector<std::string> names = {kernel_name(ConfigId::kReduce, element, false)};
+  for (int i = 0; i < kNumConfigs; ++i) {
+    const ConfigId config = static_cast<ConfigId>(i);
+    names.push_back(kernel_name(config, element, false));
+    if (has_dropout_kernel(config)) names.push_back(kernel_name(config, element, true));
+  }
+  return names;
+}
+
+}  // namespace rasa::cuda

@@ -1,0 +1,113 @@
+// The CUDA backend: programs of 16-bit dtypes run on the kernels, others on the library. The only
+// file that sees torch and CUDA.
+#include <ATen/Functions.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <array>
+#include <atomic>
+
+#include "../first_use.h"
+#include "../library_gemm.h"
+#include "../register_backend.h"
+#include "kernel_names.h"
+#include "launch.h"
+
+namespace rasa::cuda {
+namespace {
+
+constexpr int kMaxDevices = 128;  // torch's limit
+
+at::Device current_device() { return {at::kCUDA, c10::cuda::current_device()}; }
+
+DeviceInfo device_info(at::Device device) {
+  static std::array<std::atomic<int32_t>, kMaxDevices> num_sms = {};
+  std::atomic<int32_t>& known = num_sms[device.index()];
+  int count = known.load(std::memory_order_relaxed);
+  if (count == 0) {
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index()));
+    known.store(count, std::memory_order_relaxed);
+  }
+  return {count};
+}
+
+void check_launch(cudaError_t error, const std::string& what, at::Device device) {
+  TORCH_CHECK(error == cudaSuccess, "rasa_ext: ", what, " could not be launched on ", device, ": ",
+              cudaGetErrorString(error),
+              error == cudaErrorNoKernelImageForDevice
+                  ? ". rasa_ext.build_info() lists the architectures that were built: set "
+                    "TORCH_CUDA_ARCH_LIST to this device's and install rasa_ext again"
+                  : "");
+}
+
+void draw_mask_on_current_stream(const MaskArgs& args) {
+  check_launch(draw_mask(args, c10::cuda::getCurrentCUDAStream()), "dropout_mask",
+               current_device());
+}
+
+GroupPlan plan_group(const Program& program, const Group& group, at::Device device) {
+  try {
+    return plan(program, group, device_info(device));
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK(false, "rasa_ext on CUDA: ", error.what());
+  }
+}
+
+void run_kernels(const Program& program) {
+  const at::Device device = current_device();
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  for (const Group& group : program.groups) {
+    GroupPlan group_plan = plan_group(program, group, device);
+    // Freed to the stream's pool on return, for whoever comes next on this stream.
+    at::Tensor workspace;  // aligned to 512 bytes by the allocator
+    if (group_plan.workspace_bytes > 0) {
+      workspace =
+          at::empty({group_plan.workspace_bytes}, at::TensorOptions(device).dtype(at::kByte));
+    }
+    for (Launch& l : group_plan.launches) {
+      l.args.workspace = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
+      check_launch(launch(l, device.index(), stream),
+                   "kernel " + kernel_name(l.config, l.element, l.has_dropout), device);
+    }
+  }
+}
+
+std::string name_kernels(const Program& program) {
+  std::string names = "kernel";
+  for (const std::string& name : kernel_names(program, device_info(current_device()))) {
+    names += " " + name + ";";
+  }
+  names.pop_back();
+  return names;
+}
+
+void check_first_use(DType dtype, at::Device device) {
+  static FirstUse first_use(run_kernels, name_kernels);
+  if (first_use.is_checked(dtype, device)) return;
+  cudaStreamCaptureStatus capture;
+  C10_CUDA_CHECK(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(), &capture));
+  TORCH_CHECK(capture == cudaStreamCaptureStatusNone,
+              "rasa_ext: the kernels are checked at their first use on a device, which cannot be "
+              "captured in a CUDA graph: run the ops once, in the dtype of the graph, before the "
+              "capture");
+  first_use.check(dtype, device);
+}
+
+void launch_on_current_stream(const Program& program) {
+  const at::Device device = current_device();
+  if (program.dtype == DType::kF64 || program.dtype == DType::kF32) {
+    library_gemm(program, device, draw_mask_on_current_stream);
+    return;
+  }
+  check_first_use(program.dtype, device);
+  run_kernels(program);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rasa_ext, CUDA, m) {
+  register_backend<launch_on_current_stream, draw_mask_on_current_stream>(m);
+}
+
+}  // namespace rasa::cuda
