@@ -5,6 +5,7 @@
 #   make test          the tests
 #   make check         what was built, and a self-check of every op
 #   make bench-quick   one table: frozen, LoRA, the authors' formula, rasa_ext
+#   make kernel-counters    traffic and machine code of the CUDA kernels; needs nvcc and no GPU
 #   make check-cuda-build   builds with CUDA, in an environment of its own; needs nvcc and no GPU
 #   make lint          what CI wants of the sources
 #   make clean         remove what was built
@@ -29,7 +30,7 @@ INSTALLED_TORCH := $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py
 
 HAS_TORCH := import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)
 
-.PHONY: demo test check check-cuda-build bench-quick lint clean
+.PHONY: demo test check check-cuda-build bench-quick kernel-counters lint clean
 .NOTPARALLEL:
 
 demo: $(STAMP)-demo $(STAMP)-model
@@ -55,6 +56,9 @@ check-cuda-build:
 
 bench-quick: $(STAMP)-bench
 	$(BIN)/python benchmarks/bench.py step --quick $(ARGS)
+
+kernel-counters: $(STAMP)-dev
+	$(BIN)/python benchmarks/kernel_counters.py $(ARGS)
 
 TORCH_FREE := csrc/dropout_mask.h csrc/gemm_problem.h csrc/host_device.h csrc/philox.h \
   csrc/cpu/tile_ops.h csrc/cpu/tile_ops.cpp $(filter-out csrc/cuda/register_cuda.cpp,$(wildcard csrc/cuda/*))

@@ -2,7 +2,8 @@
 
 A step is forward with loss, backward, the optimizer (fused AdamW over the adapter; the frozen model
 has none) and clearing the gradients. In every peer the embeddings' output requires grad, so that
-backward runs through all layers, also in the frozen model.
+backward runs through all layers, also in the frozen model. rasa computes q, k and v in one op, and
+gate and up in another: apply() links them as siblings.
 """
 
 from __future__ import annotations

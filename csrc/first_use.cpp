@@ -50,16 +50,31 @@ std::vector<Case> all_cases() {
       cases.back().scales_m = cases.back().dots = true;
     }
   }
+  // The widest rank beside few tokens or features, whose tiles are smaller.
+  for (const bool drops : {false, true}) {
+    cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 70, .N = 156, .K = {328}});
+    cases.push_back({.form = "expand", .layout = Layout::kNN, .M = 70, .N = 136, .K = {156}});
+    cases.push_back({.form = "wgrad", .layout = Layout::kTN, .M = 156, .N = 72, .K = {328}});
+    cases.push_back({.form = "expand", .layout = Layout::kNN, .M = 70, .N = 136, .K = {39, 7}});
+    for (size_t i = cases.size() - 4; i < cases.size(); ++i) cases[i].drops = drops;
+  }
   // Reductions long enough to be split.
   cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 70, .N = 39, .K = {2000}});
   cases.push_back({.form = "wgrad", .layout = Layout::kTN, .M = 39, .N = 136, .K = {2000}});
-  cases.push_back({.form = "merge", .layout = Layout::kTN, .M = 200, .N = 136, .K = {39}});
-  cases.back().scales_k = true;
+  for (const int64_t R : {39, 156, 200}) {
+    cases.push_back({.form = "merge", .layout = Layout::kTN, .M = 200, .N = 136, .K = {R}});
+    cases.back().scales_k = true;
+  }
   // Sums of segments, each with a scale of its rows.
-  cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 70, .N = 39, .K = {40, 328}});
-  cases.push_back({.form = "expand", .layout = Layout::kNN, .M = 70, .N = 136, .K = {39, 7}});
-  cases.push_back({.form = "wgrad", .layout = Layout::kTN, .M = 39, .N = 136, .K = {40, 328}});
-  for (size_t i = cases.size() - 3; i < cases.size(); ++i) cases[i].scales_m = true;
+  for (const bool drops : {false, true}) {
+    cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 70, .N = 39, .K = {40, 328}});
+    cases.push_back({.form = "expand", .layout = Layout::kNN, .M = 70, .N = 136, .K = {39, 7}});
+    cases.push_back({.form = "wgrad", .layout = Layout::kTN, .M = 39, .N = 136, .K = {40, 328}});
+    for (size_t i = cases.size() - 3; i < cases.size(); ++i) {
+      cases[i].scales_m = true;
+      cases[i].drops = drops;
+    }
+  }
   // Rows that no 16-byte load may read, and ranks in float32.
   cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 33, .N = 14, .K = {61}});
   cases.push_back({.form = "expand", .layout = Layout::kNN, .M = 33, .N = 61, .K = {14}});

@@ -206,14 +206,15 @@ namespace rasa {
 namespace {
 
 // (kernels that the check at first use runs, kernels there are), with CUDA or without.
-std::pair<std::vector<std::string>, std::vector<std::string>> first_use_kernels(bool is_bf16,
-                                                                                int32_t num_sms) {
+std::pair<std::vector<std::string>, std::vector<std::string>> first_use_kernels(
+    bool is_bf16, int32_t num_sms, int32_t smem_bytes) {
+  const cuda::DeviceInfo device = {num_sms, smem_bytes};
   const DType dtype = is_bf16 ? DType::kBF16 : DType::kF16;
   std::vector<std::string> used;
   for_each_first_use_program(dtype, [&](const Program& program) {
-    for (std::string& name : cuda::kernel_names(program, {num_sms})) used.push_back(name);
+    for (std::string& name : cuda::kernel_names(program, device)) used.push_back(name);
   });
-  return {used, cuda::all_kernel_names(dtype)};
+  return {used, cuda::all_kernel_names(dtype, device)};
 }
 
 }  // namespace
@@ -225,5 +226,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_portable", &rasa::cpu::set_portable, pybind11::arg("portable"));
   m.def("set_cpu_launcher", &rasa::cpu::set_launcher, pybind11::arg("name"));
   m.def("first_use_kernels", &rasa::first_use_kernels, pybind11::arg("is_bf16"),
-        pybind11::arg("num_sms"));
+        pybind11::arg("num_sms"), pybind11::arg("smem_bytes"));
 }

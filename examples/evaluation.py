@@ -20,7 +20,7 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     loss = F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="sum"
     )
-    return loss, int((labels != IGNORED).sum())
+    return loss, batch.answers
 
 
 @torch.inference_mode()

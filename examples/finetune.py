@@ -4,6 +4,7 @@
     python examples/finetune.py --resume            # after Ctrl-C, to the same result
     python examples/finetune.py --method rasa+l1ra  # ranks move during training
     python examples/finetune.py --model PATH --device cuda --dtype bf16 --steps 1000 --r 16 --k 2
+    torchrun --nproc-per-node 2 examples/finetune.py --accumulate 2    # and so on any device
 
 Writes to --output: adapter.safetensors, the same as LoRA in lora/, loss.png, report.json and
 training_state.pt.
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import shlex
 import shutil
 import subprocess
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evaluation import answer_loss, exact_match, held_out_loss
+from evaluation import exact_match, held_out_loss
 from gsm_symbolic import GsmSymbolic
 from interruption import Interrupted, Interruption
 from language_model import add_model_arguments, check_folder, load_model, load_tokenizer
@@ -33,7 +33,9 @@ from loss_curve import save_plot
 from safetensors.torch import save_file
 from smollm2 import model_folder
 from torch import nn
+from training import train
 from training_state import TrainingState
+from workers import Workers
 
 import rasa_ext
 
@@ -49,10 +51,9 @@ PACKAGES = {
 SETTINGS = (
     *("model", "layers", "dtype", "device", "steps", "batch_size", "seq_len"),
     *("method", "l1", "gate_lr", "r", "k", "alpha", "dropout", "lr", "seed"),
-    *("eval_problems", "answer_problems"),
+    *("eval_problems", "answer_problems", "accumulate", "nproc_per_node"),
 )
 METHODS = ("rasa", "l1ra", "rasa+l1ra")
-SAVE_EVERY = 20
 # Relative Frobenius difference of the logits, merged against unmerged: what rounding W + delta to
 # the weight's dtype may cost. bf16 keeps 8 bits of a sum in which the update is the small part.
 MERGE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
@@ -69,7 +70,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_model_arguments(parser)
     add("--steps", type=int, default=60)
-    add("--batch-size", type=int, default=4)
+    add("--batch-size", type=int, default=4, help="problems a step, over all processes")
+    add("--accumulate", type=int, default=1, help="batches that a process cuts its share into")
     add("--seq-len", type=int, default=160, help="leave out problems with more tokens than this")
     add("--method", choices=METHODS, default="rasa", help="l1ra is without pools, whatever --k")
     add("--r", type=int, default=8, help="ranks a layer pays for")
@@ -82,10 +84,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--eval-problems", type=int, default=24, help="held-out problems whose loss is measured")
     add("--answer-problems", type=int, default=16, help="of these, how many the model answers")
+    add("--save-every", type=int, default=20, help="steps from one training state to the next")
     add("--output", type=Path, default=Path("demo/run"))
     add("--resume", action="store_true", help="go on with the run in --output")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "seq_len", "r", "eval_problems"):
+    positive = ("steps", "batch_size", "accumulate", "save_every", "seq_len", "r", "eval_problems")
+    for name in positive:
         if getattr(args, name) < 1:
             parser.error(
                 f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
@@ -100,9 +104,8 @@ def check_packages() -> None:
         raise SystemExit(f"finetune: missing packages: pip install {' '.join(missing)}")
 
 
-def check_output(args: argparse.Namespace) -> Path:
-    """Return the path of the training state; exit if --output and --resume do not fit together."""
-    state = args.output / "training_state.pt"
+def check_output(args: argparse.Namespace, state: Path) -> None:
+    """Make --output; exit if it and --resume do not fit together."""
     if args.resume and not state.is_file():
         raise SystemExit(f"finetune: nothing to resume: {state} does not exist")
     if not args.resume and args.output.exists() and any(args.output.iterdir()):
@@ -111,16 +114,6 @@ def check_output(args: argparse.Namespace) -> Path:
             "another folder with --output"
         )
     args.output.mkdir(parents=True, exist_ok=True)
-    return state
-
-
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up over a tenth of the steps, then a cosine down to a tenth of --lr."""
-    warmup = max(1, args.steps // 10)
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, args.steps - warmup)
-    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 def evaluate(
@@ -135,43 +128,6 @@ def evaluate(
         f"{accuracy:.1%} of {args.answer_problems} answers right"
     )
     return {"loss": loss, "accuracy": accuracy, "first_reply": reply}
-
-
-def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: GsmSymbolic,
-    run: TrainingState,
-    state_path: Path,
-    interruption: Interruption,
-    args: argparse.Namespace,
-) -> None:
-    """Train up to --steps; a signal takes effect between two steps."""
-    from tqdm import tqdm
-
-    model.train()
-    bar = tqdm(total=args.steps, initial=run.step, desc="Training", unit="step", file=sys.stdout)
-    with bar:
-        while run.step < args.steps:
-            with interruption.held():
-                start = time.perf_counter()
-                batch = data.training_batch(run.step).to(torch.device(args.device))
-                # The second group, if any, are L1RA's gates: their rate is constant.
-                optimizer.param_groups[0]["lr"] = learning_rate(run.step, args)
-                total, count = answer_loss(model, batch)
-                loss = total / count
-                loss.backward()
-                optimizer.step()
-                if run.allocator is not None:
-                    run.allocator.step()
-                optimizer.zero_grad(set_to_none=True)
-                run.losses.append(loss.item())
-                run.step += 1
-                if run.step % SAVE_EVERY == 0:
-                    run.save(state_path, model, optimizer)
-                tokens = int(batch.attention_mask.sum()) / (time.perf_counter() - start)
-                bar.set_postfix_str(f"loss {run.losses[-1]:.3f}, {tokens:.0f} tokens/s")
-                bar.update()
 
 
 @torch.inference_mode()
@@ -216,10 +172,25 @@ def check_merge(model: nn.Module, input_ids: torch.Tensor, args: argparse.Namesp
     return difference
 
 
-def resume_command(args: argparse.Namespace) -> str:
+def resume_command(args: argparse.Namespace, workers: Workers) -> str:
     """Return the command that continues this run."""
-    words = [Path(sys.executable).name, *sys.argv]
+    launcher = [Path(sys.executable).name]
+    if workers.size > 1:
+        launcher = ["torchrun", f"--nproc-per-node={workers.size}"]
+    words = [*launcher, *sys.argv]
     return shlex.join(words if args.resume else [*words, "--resume"])
+
+
+def settings_of(args: argparse.Namespace, workers: Workers) -> dict[str, Any]:
+    """Return what a resumed run must repeat; exit if a process would have nothing to do."""
+    parts = workers.size * args.accumulate
+    if args.batch_size < parts:
+        raise SystemExit(
+            f"finetune: --batch-size must be at least processes x --accumulate = {workers.size} x "
+            f"{args.accumulate} = {parts}, got {args.batch_size}"
+        )
+    args.nproc_per_node = workers.size
+    return {name: getattr(args, name) for name in SETTINGS} | {"model": str(args.model)}
 
 
 def main() -> None:
@@ -228,11 +199,17 @@ def main() -> None:
     check_packages()
     if args.model is not None:
         check_folder(args.model)
-    state_path = check_output(args)
     interruption = Interruption()
     started = time.perf_counter()
+    workers = Workers(args.device)
+    settings = settings_of(args, workers)
+    args.device = str(workers.device)
+    state_path = args.output / "training_state.pt"
+    with workers.first_alone():
+        if workers.is_first:
+            check_output(args, state_path)
+        folder = args.model or model_folder(CACHED_MODEL)
 
-    folder = args.model or model_folder(CACHED_MODEL)
     model = load_model(folder, args)
     torch.manual_seed(args.seed)
     gates, k = args.method != "rasa", 0 if args.method == "l1ra" else args.k
@@ -252,8 +229,6 @@ def main() -> None:
         allocator = rasa_ext.RankAllocator(
             model, optimizer, l1=args.l1, gate_lr=args.gate_lr, total_steps=args.steps
         )
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["model"] = str(args.model)
     if args.resume:
         run = TrainingState.resume(state_path, settings, model, optimizer, allocator)
         print(f"Resuming after step {run.step} of {args.steps}")
@@ -261,9 +236,12 @@ def main() -> None:
         run = TrainingState(settings, allocator=allocator)
 
     try:
-        if run.before is None:
+        if run.before is None and workers.is_first:
             run.before = evaluate(model, data, args, "before")
-        train(model, optimizer, data, run, state_path, interruption, args)
+        train(model, optimizer, data, run, state_path, interruption, workers, args)
+        workers.part()
+        if not workers.is_first:
+            return
         with interruption.held():
             run.save(state_path, model, optimizer)
             rasa_ext.save_adapter(model, args.output / "adapter.safetensors")
@@ -277,10 +255,11 @@ def main() -> None:
         merge_difference = check_merge(model, input_ids, args)
     except Interrupted as signal:
         interruption.ignore()
-        run.save(state_path, model, optimizer)
-        rasa_ext.save_adapter(model, args.output / "adapter.safetensors")
+        if workers.is_first:
+            run.save(state_path, model, optimizer)
+            rasa_ext.save_adapter(model, args.output / "adapter.safetensors")
         print(f"\n{signal}: saved after step {run.step} of {args.steps}. Continue with")
-        print(f"    {resume_command(args)}")
+        print(f"    {resume_command(args, workers)}")
         sys.exit(signal.exit_status)
 
     report = {"before": run.before, "after": after, "losses": run.losses, "settings": settings}

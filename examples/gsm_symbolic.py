@@ -38,6 +38,11 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
 
+    @property
+    def answers(self) -> int:
+        """How many tokens have a label; none predicts the first."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
         tensors = (self.input_ids, self.attention_mask, self.labels)
@@ -85,11 +90,12 @@ class GsmSymbolic:
         self._stream = self._training_examples(seed)
         self._training: list[Example] = []
 
-    def training_batch(self, step: int) -> Batch:
-        """Return the batch of this step: the same one whenever it is asked for."""
+    def training_batches(self, step: int, parts: int) -> list[Batch]:
+        """Return the problems of this step in `parts` batches: the same whenever asked for."""
         end = (step + 1) * self.batch_size
         self._training.extend(itertools.islice(self._stream, end - len(self._training)))
-        return self.collate(self._training[end - self.batch_size : end])
+        examples = self._training[end - self.batch_size : end]
+        return [self.collate(examples[part::parts]) for part in range(parts)]
 
     def held_out_batches(self) -> Iterator[Batch]:
         """Yield the held-out problems with their answers."""

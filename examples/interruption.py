@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -37,6 +37,15 @@ class Interruption:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 
+    def take_effect(self, agree: Callable[[int], int] = int) -> None:
+        """Raise Interrupted inside a held() block if a signal arrived.
+
+        agree: maps the signal's number, or 0, to what all processes that call this shall raise.
+        """
+        number, self._pending = agree(self._pending or 0), None
+        if number > 0:
+            raise Interrupted(number)
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Finish the block before a signal that arrives inside it takes effect."""
@@ -45,6 +54,4 @@ class Interruption:
             yield
         finally:
             self._held = False
-            number, self._pending = self._pending, None
-        if number is not None:
-            raise Interrupted(number)
+        self.take_effect()

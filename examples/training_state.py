@@ -47,19 +47,15 @@ class TrainingState:
     allocator: RankAllocator | None = None
 
     def save(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Write adapter, optimizer, random generators and this record.
+        """Write adapter, optimizer and this record.
 
         All in one file: two files could be from two moments if a crash falls between them.
         """
-        generators = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            generators["cuda"] = torch.cuda.get_rng_state()
         content = {
             **vars(self),
             "allocator": None if self.allocator is None else self.allocator.state_dict(),
             "adapter": adapter_state_dict(model),
             "optimizer": optimizer.state_dict(),
-            "generators": generators,
         }
         write_atomically(path, content)
 
@@ -72,7 +68,7 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         allocator: RankAllocator | None = None,
     ) -> TrainingState:
-        """Read `path` back into model, optimizer and generators.
+        """Read `path` back into model and optimizer.
 
         Exits with a message if the file is damaged or was made with other settings, which would
         give another result than an uninterrupted run.
@@ -104,7 +100,4 @@ class TrainingState:
         for name, value in content["adapter"].items():
             parameters[name].copy_(value)
         optimizer.load_state_dict(content["optimizer"])
-        torch.set_rng_state(content["generators"]["cpu"])
-        if "cuda" in content["generators"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(content["generators"]["cuda"])
         return cls(saved, content["step"], content["losses"], content["before"], allocator)

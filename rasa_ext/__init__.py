@@ -13,6 +13,7 @@ from rasa_ext.boosting import BoostedUpdate  # noqa: E402
 from rasa_ext.export import export_to_lora  # noqa: E402
 from rasa_ext.foreign import import_lora, import_rasa  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
+from rasa_ext.mixed_batch import mixed_add  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
 from rasa_ext.ops import (  # noqa: E402
     dropout_mask,
@@ -52,6 +53,7 @@ __all__ = [
     "link_siblings",
     "load_adapter",
     "merge",
+    "mixed_add",
     "rank_report",
     "rasa_add",
     "rasa_linear",

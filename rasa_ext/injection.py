@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rasa_ext.base_layer import adapter_dtype, check_config, device_of, features
 from rasa_ext.module import RaSALinear, SharedPool
 from rasa_ext.rank_edits import resize
+from rasa_ext.sharding import refuse_partitioned
 from rasa_ext.siblings import link_all
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# What torch.compile puts into the names of a module it wraps.
-_COMPILED = "_orig_mod."
+# What torch.compile, FSDP1 and torch's checkpoint_wrapper put into the names of a module they wrap.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,20 @@ class Group:
 
 
 def clean_name(name: str) -> str:
-    """Return a module or parameter name without what torch.compile adds to it."""
-    return name.replace(_COMPILED, "")
+    """Return a module or parameter name without what wrappers add to it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module that torch.compile wrapped, or the model itself."""
-    return getattr(model, _COMPILED.rstrip("."), model)
+    """Return the module that torch.compile or DDP wrapped, or the model itself."""
+    while True:
+        inner = getattr(model, "_orig_mod", model)
+        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner
+        if inner is model:
+            return model
+        model = inner
 
 
 def adapted_layers(model: nn.Module) -> dict[str, RaSALinear]:
@@ -169,7 +178,8 @@ def apply(
 
     Raises ValueError for r, k, alpha, dropout or dtype out of range, for a target that does not
     occur, for a weight tied to another module's, for a module that has two names while k > 0, for
-    a group on several devices, and for a model that has adapters; TypeError for a target that is
+    a group on several devices, for a model that has adapters, and for one that ZeRO-3 or FSDP2
+    has taken apart already; TypeError for a target that is
     not linear-like. The model is then as it was.
     """
     targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
@@ -253,6 +263,7 @@ def _count(tensors: Iterable[Tensor]) -> int:
 def plan(root: nn.Module, config: Config) -> list[Group]:
     """Check everything apply() could fail on and return the groups. Changes nothing."""
     check_config("apply", config.r, config.k, config.alpha, config.dropout)
+    refuse_partitioned("apply", root)
     for end, r in config.rank_pattern.items():
         check_config(f"apply: rank_pattern of {end!r}", r, config.k, config.alpha, config.dropout)
     adapted = next(iter(adapted_layers(root)), None)
@@ -323,11 +334,11 @@ def match(root: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if name in matched}
 
 
-def target_names(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+def target_names(root: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
     """Return the last parts of the layers' names, or, where others have them too, whole names."""
     leaves = {name.rpartition(".")[2] for name in layers}
     named = {clean_name(name) for name, _ in root.named_modules()}
-    if {name for name in named if name.rpartition(".")[2] in leaves} == layers.keys():
+    if {name for name in named if name.rpartition(".")[2] in leaves} == set(layers):
         return tuple(sorted(leaves))
     return tuple(layers)
 

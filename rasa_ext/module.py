@@ -106,6 +106,8 @@ class RaSALinear(nn.Module):
     gates=True trains c (Rs + Rp) instead, with d = gate_scale * c; c starts at 1. A RankAllocator
     keeps c in [0, 1] and moves ranks: Rp and pool.Rs are of now, r and k of the beginning.
     Saved for backward: x and the (M, R) product with A_all; the dropout mask is drawn again.
+    Layers that link_siblings() or apply() linked share the op and the mask when they are called in
+    turn with the same x.
 
     `base_layer` is any linear-like module and is frozen. An nn.Linear is computed by one fused op
     unless it trains or carries hooks; any other base is called, and the update added to its
@@ -233,7 +235,7 @@ class RaSALinear(nn.Module):
         """Return base_layer(x) plus the update; see the class for the formula.
 
         Raises ValueError unless the last size of x is in_features, RuntimeError when called in
-        training mode while merged.
+        training mode while merged or while the pool's tensors are not gathered.
         """
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
             got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -272,7 +274,14 @@ class RaSALinear(nn.Module):
         pool = self.pool
         if pool is None:
             return A, self._no_A_shared, Bt, self._no_Bt_shared, d
-        return A, tensor_of(pool, "A_shared"), Bt, tensor_of(pool, "Bt_shared"), d
+        A_shared, Bt_shared = tensor_of(pool, "A_shared"), tensor_of(pool, "Bt_shared")
+        if A_shared.dim() != 2:
+            raise RuntimeError(
+                "RaSALinear: the pool's A_shared must be (Rs, K) while a layer runs, got "
+                f"{list(A_shared.shape)}. DeepSpeed ZeRO-3 gathers a module's own parameters "
+                "only: use ZeRO-2, or FSDP with the pools in the root's unit"
+            )
+        return A, A_shared, Bt, Bt_shared, d
 
     def compute(self, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         """Return the output for x as a matrix, with the mask of this seed."""
@@ -292,12 +301,13 @@ class RaSALinear(nn.Module):
         """
         if self.merged or not self._is_plain_linear or type(self) is not RaSALinear:
             return None
-        fused = None if must_be_called(self) else fusible(self._modules["base_layer"])
+        base: Any = self._modules["base_layer"]
+        fused = None if must_be_called(self) else fusible(base)
         return None if fused is None else Operands(*fused, *self._adapter(stored))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled layer, which joins the copy of its siblings' group."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.siblings is not None:
             self.siblings.join(self)
 

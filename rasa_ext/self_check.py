@@ -101,7 +101,7 @@ def rasa_formula(x: Tensor, base: Tensor, adapter: Sequence[Tensor], kept: Tenso
 
 
 def check_rasa(dtype: torch.dtype, adapter: torch.dtype, p: float, device: str) -> Iterator[Check]:
-    """Check rasa_linear and rasa_add, forward and backward."""
+    """Check rasa_linear, rasa_linears and rasa_add, forward and backward."""
     draw = torch.Generator().manual_seed(0)
 
     def normal(dtype: torch.dtype, *shape: int, fan_in: int = 1) -> Tensor:
@@ -128,6 +128,18 @@ def check_rasa(dtype: torch.dtype, adapter: torch.dtype, p: float, device: str) 
         base = torch.nn.functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
         return rasa_formula(x, base, adapter, kept)
 
+    def linears(*inputs: Tensor) -> Tensor:
+        """Compute the layer and its twin without bias, side by side."""
+        x, *adapter = inputs
+        base = [weight.to(x.device)] * 2, [bias.to(x.device), None]
+        A, A_shared, Bt, Bt_shared, d = ([t, t] for t in adapter)
+        return torch.cat(ops.rasa_linears(x, *base, A, A_shared, Bt, Bt_shared, d, p, seed), dim=1)
+
+    def linears_formula(x: Tensor, *adapter: Tensor) -> Tensor:
+        base = torch.nn.functional.linear(x, weight.to(x.dtype))
+        twin = rasa_formula(x, base, adapter, kept)
+        return torch.cat([linear_formula(x, *adapter), twin], dim=1)
+
     def add(*inputs: Tensor) -> Tensor:
         x, base, A, A_shared, Bt, Bt_shared, d = inputs
         return ops.rasa_add(x, base, A, A_shared, Bt, Bt_shared, d, p, seed)
@@ -138,6 +150,7 @@ def check_rasa(dtype: torch.dtype, adapter: torch.dtype, p: float, device: str) 
     case = f"{dtype}, adapters {adapter}, dropout {p}".replace("torch.", "")
     for name, op, formula, inputs in (
         ("rasa_linear", linear, linear_formula, (dy, x, *weights)),
+        ("rasa_linears", linears, linears_formula, (torch.cat([dy, dy], dim=1), x, *weights)),
         ("rasa_add", add, add_formula, (dy, x, base, *weights)),
     ):
         both = with_gradients(op), with_gradients(formula)

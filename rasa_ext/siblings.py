@@ -218,10 +218,10 @@ class SiblingGroup:
                 family[member] = theirs, state
         if first not in family or len(family) < 2:
             return
-        operands = [stored._replace(d=member.d) for member, (stored, _) in family.items()]
-        columns = zip(*operands, strict=True)
+        operands = (stored._replace(d=member.d) for member, (stored, _) in family.items())
+        weight, bias, A, A_shared, Bt, Bt_shared, d = map(list, zip(*operands, strict=True))
         rows = x if x.dim() == 2 else x.reshape(-1, first.in_features)
-        y = rasa_linears(rows, *map(list, columns), p=p, seed=turn.seed)
+        y = rasa_linears(rows, weight, bias, A, A_shared, Bt, Bt_shared, d, p, turn.seed)
         of_x = (x._version, x.requires_grad)
         for (member, (stored, state)), output in zip(family.items(), y, strict=True):
             turn.outputs[member] = _Output(output, stored, (of_x, state))

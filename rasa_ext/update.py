@@ -50,3 +50,17 @@ def delta_weight(A: Tensor, A_shared: Tensor, Bt: Tensor, Bt_shared: Tensor, d: 
     dtype = torch.promote_types(A.dtype, torch.float32)
     with torch.autocast(A.device.type, enabled=False):
         return (Bt.to(dtype) * d.to(dtype)[:, None]).T @ A.to(dtype)
+
+
+def lora_pair(
+    A: Tensor, A_shared: Tensor, Bt: Tensor, Bt_shared: Tensor, d: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the update as a LoRA of scaling 1: A (R, K) and B (N, R), at least float32.
+
+    Semantics, exact but for one rounding of B::
+
+        return torch.cat([A_shared, A]), (torch.cat([Bt_shared, Bt]) * d[:, None]).T
+    """
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    B = torch.cat([Bt_shared, Bt]).to(dtype) * d.to(dtype)[:, None]
+    return torch.cat([A_shared, A]).to(dtype), B.T.contiguous()

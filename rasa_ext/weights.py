@@ -29,6 +29,7 @@ from rasa_ext.injection import (
     unwrapped,
 )
 from rasa_ext.module import RaSALinear, SharedPool
+from rasa_ext.sharding import assign, whole, writes_files
 from rasa_ext.storage import replace_file
 
 FORMAT_VERSION = "1"
@@ -38,8 +39,11 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained tensors by their names in state_dict(), each pool once.
 
     Detached views of the parameters: A, Bt and (gates) c or else (k > 0) d of each layer, A_shared
-    and Bt_shared of each pool. Raises ValueError if the model has no adapters, if a layer's pool
-    belongs to no module of the model, or if a tensor has not its full shape.
+    and Bt_shared of each pool. Of a model that FSDP2 has sharded, whole copies: every process must
+    call this.
+
+    Raises ValueError if the model has no adapters, if a layer's pool belongs to no module of the
+    model, or if a tensor has not its full shape.
     """
     root = unwrapped(model)
     layers = _layers("adapter_state_dict", root)
@@ -58,14 +62,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 f"adapter_state_dict: {key} must be {symbols} = {shape}, got {got}. Gather sharded "
                 "parameters first"
             )
-    return {key: parameter.detach() for key, parameter in parameters.items()}
+    return {key: whole(parameter.detach()) for key, parameter in parameters.items()}
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write adapter_state_dict(model) and apply()'s arguments to one safetensors file.
 
     The file is written under another name in the same folder, flushed to disk and then renamed:
-    whatever interrupts it, `path` holds either the previous adapter or the new one, whole.
+    whatever interrupts it, `path` holds either the previous adapter or the new one, whole. Of a
+    model that FSDP2 has sharded, every process must call this, and rank 0 writes.
 
     Raises ValueError for NaN or inf (load_adapter would refuse the file) and for layers that differ
     in k, alpha, dropout or gates, OSError if it cannot be written.
@@ -81,6 +86,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise IsADirectoryError(f"save_adapter: {path} is a folder; name a file in it")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"save_adapter: the folder of {path} does not exist")
+    if not writes_files(root):
+        return
     try:
         # Copies: safetensors refuses views of one storage, which flattened parameters are.
         copies = {key: t.to("cpu", copy=True).contiguous() for key, t in tensors.items()}
@@ -96,7 +103,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Summary:
 
     A plain model gets the adapters of the file by apply() first. Everything is checked before the
     first write: format, every name, shape, dtype and value. A refused file leaves the model as it
-    was, to the bit. The dropout of adapters that exist already stays.
+    was, to the bit. The dropout of adapters that exist already stays. Adapters that FSDP2 has
+    sharded are loaded by every process together.
 
     Raises FileNotFoundError or IsADirectoryError if there is no file, RuntimeError if a layer is
     merged, and ValueError, naming the tensor with its expected and actual shape, if the file is
@@ -118,7 +126,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Summary:
         inject(root, groups, config)
     with torch.no_grad():
         for key, parameter in _parameters(root).items():
-            parameter.copy_(tensors[key])
+            assign(parameter, tensors[key])
     for layer in layers.values():
         layer.alpha = config.alpha
     return summarize(root)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import peft
 import torch
+from hf_models import TARGETS, language_model, tokens
 from models import randomize_adapters
 from torch import Tensor, nn
 
@@ -14,58 +15,24 @@ import rasa_ext
 from rasa_ext.peft import RaSAConfig
 from rasa_ext.peft.layer import Linear
 
-LAYERS, VOCABULARY = 3, 40
-# c_proj names two shapes in GPT-2, whose linears are Conv1D; BERT has a "dense" in many places.
-TARGETS = {
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "bert": ["query", "value", "intermediate.dense"],
-}
 KINDS = tuple(TARGETS)
 # Groups, and so pools, of the targets.
 GROUPS = {"llama": 7, "gpt2": 4, "bert": 3}
 
 
-def base_model(kind: str = "llama", seed: int = 0) -> nn.Module:
+def base_model(kind: str = "llama") -> nn.Module:
     """The model of this kind; the same weights at each call."""
-    import transformers as t
-
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": LAYERS}
-    if kind == "llama":
-        config = t.LlamaConfig(
-            **sizes, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2
-        )
-        return t.LlamaForCausalLM(config).eval()
-    if kind == "gpt2":
-        config = t.GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=32,
-            n_embd=16,
-            n_head=2,
-            n_layer=LAYERS,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        return t.GPT2LMHeadModel(config).eval()
-    assert kind == "bert"
-    config = t.BertConfig(**sizes, intermediate_size=24, num_attention_heads=2)
-    return t.BertForMaskedLM(config).eval()
+    return language_model(kind)
 
 
 def config(kind: str = "llama", **kwargs) -> RaSAConfig:
-    return RaSAConfig(**({"r": 4, "k": 1, "target_modules": TARGETS[kind]} | kwargs))
+    return RaSAConfig(**({"r": 4, "k": 1, "target_modules": list(TARGETS[kind])} | kwargs))
 
 
 def adapted(kind: str = "llama", dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:
     """A PEFT model with random adapters, as training would leave it, in evaluation mode."""
     model = peft.get_peft_model(base_model(kind).to(dtype), config(kind, **kwargs))
     return randomize_adapters(model).eval()
-
-
-def tokens(rows: int = 2, length: int = 7, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCABULARY, (rows, length), generator=generator)
 
 
 @torch.no_grad()

@@ -174,6 +174,43 @@ def test_a_merged_model_exports_its_adapters(tmp_path) -> None:
     assert apart.read_bytes() == merged.read_bytes()
 
 
+def peft_model() -> nn.Module:
+    import peft
+
+    from rasa_ext.peft import RaSAConfig
+
+    config = RaSAConfig(r=4, k=2, alpha=16, target_modules=["q_proj", "down_proj"])
+    return peft.get_peft_model(language_model("llama").double(), config).eval()
+
+
+def test_a_model_of_peft_exports_its_active_adapter(tmp_path) -> None:
+    import peft
+
+    model = randomize_adapters(peft_model())
+    ids = tokens(seed=9)
+
+    assert export_to_lora(model, tmp_path / "lora") == 8  # R = 2 + 3 x 2
+
+    lora = peft.PeftModel.from_pretrained(language_model("llama").double(), tmp_path / "lora")
+    exact = logits(model, ids)
+    assert_accurate(logits(lora.eval(), ids), exact, exact)
+    assert (exact - logits(language_model("llama").double(), ids)).norm() > 0.01 * exact.norm()
+
+
+def test_several_active_adapters_are_not_one_lora(tmp_path) -> None:
+    model = peft_model()
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+
+    with pytest.raises(ValueError) as error:
+        export_to_lora(model, tmp_path / "lora")
+
+    assert str(error.value) == (
+        "export_to_lora: model.layers.0.self_attn.q_proj must have one active adapter, got "
+        "['default', 'second']. Call set_adapter() first"
+    )
+
+
 def one_layer() -> nn.Module:
     return RaSALinear(nn.Linear(4, 4), None, r=2, k=0, alpha=4)
 

@@ -54,9 +54,10 @@ def test_the_check_leaves_the_random_numbers_of_torch_alone(tmp_path):
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
 
 
+@pytest.mark.parametrize("smem_kib", [99, 163, 227])
 @pytest.mark.parametrize("num_sms", [16, 108, 132])
 @pytest.mark.parametrize("is_bf16", [True, False], ids=["bf16", "fp16"])
-def test_the_check_runs_every_cuda_kernel(is_bf16, num_sms):
-    used, existing = rasa_ext._C.first_use_kernels(is_bf16, num_sms)
+def test_the_check_runs_every_cuda_kernel(is_bf16, num_sms, smem_kib):
+    used, existing = rasa_ext._C.first_use_kernels(is_bf16, num_sms, smem_kib * 1024)
     assert len(set(existing)) == len(existing)
     assert set(used) == set(existing)

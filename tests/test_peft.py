@@ -9,12 +9,11 @@ import warnings
 import peft
 import pytest
 import torch
+from hf_models import LAYERS, TARGETS, tokens
 from models import assert_as_accurate, randomize_adapters
 from peft_models import (
     GROUPS,
     KINDS,
-    LAYERS,
-    TARGETS,
     adapted,
     apply_model,
     assert_same,
@@ -24,7 +23,6 @@ from peft_models import (
     layers,
     logits,
     pools_of,
-    tokens,
     trained,
     weights,
 )
@@ -134,6 +132,15 @@ def test_a_base_layer_with_hooks_is_called() -> None:
 
     assert calls == [1]
     torch.testing.assert_close(out, expected)
+
+
+def test_a_layer_on_another_device_moves_the_pool_to_its_input() -> None:
+    layer = layers(adapted())[0].to("meta")  # the pool, which is the tuner's, stays
+
+    y = layer(torch.empty(3, 16, device="meta"))
+
+    assert layer.rasa_pools["default"].A_shared.device.type == "cpu"
+    assert y.device.type == "meta" and y.shape == (3, 16)
 
 
 def test_copies_keep_sharing() -> None:

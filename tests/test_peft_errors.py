@@ -119,6 +119,19 @@ def test_an_adapter_that_cannot_be_added_leaves_the_model_as_it_was() -> None:
     assert torch.equal(logits(model), before)
 
 
+def test_an_adapter_s_name_is_used_once() -> None:
+    model = adapted(target_modules=["q_proj"])
+    base, before = model.get_base_model(), logits(model)
+
+    with (
+        pytest.raises(ValueError, match="adapter_name must be new to the model, got 'default'"),
+        pytest.warns(UserWarning, match="for a second time"),
+    ):
+        peft.get_peft_model(base, config(target_modules=["k_proj"]))
+
+    assert torch.equal(logits(model), before)
+
+
 def test_two_adapters_cannot_train_biases() -> None:
     model = adapted("bert", bias="all")
 
@@ -133,6 +146,13 @@ def test_two_adapters_cannot_train_biases() -> None:
 def test_injecting_without_the_tuner_is_refused() -> None:
     with pytest.raises(ValueError, match="uses shared state"):
         peft.inject_adapter_in_model(config(), base_model())
+
+
+def test_a_batch_of_several_adapters_is_refused() -> None:
+    model = adapted()
+
+    with pytest.raises(ValueError, match=r"adapter_names is not supported.*\['default', 'x'\]"):
+        model(input_ids=torch.ones(2, 3, dtype=torch.int64), adapter_names=["default", "x"])
 
 
 def test_a_wrong_input_is_refused() -> None:

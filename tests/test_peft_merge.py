@@ -8,18 +8,9 @@ import math
 import peft
 import pytest
 import torch
+from hf_models import LAYERS
 from models import Int8Linear, randomize_adapters
-from peft_models import (
-    KINDS,
-    LAYERS,
-    adapted,
-    assert_same,
-    base_model,
-    config,
-    layers,
-    logits,
-    weights,
-)
+from peft_models import KINDS, adapted, assert_same, base_model, config, layers, logits, weights
 from reference import assert_accurate
 from torch import nn
 
@@ -154,24 +145,11 @@ def test_a_layer_without_a_weight_to_add_to_cannot_be_merged() -> None:
 # --- as a LoRA -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("k", [0, 1, 4])
-def test_a_layer_is_a_lora(kind: str, k: int) -> None:
-    for layer in layers(adapted(kind, k=k)):
-        A, B = layer.lora_pair("default")
-
-        R = LAYERS * k + 4 - k
-        assert (A.shape, B.shape) == ((R, layer.in_features), (layer.out_features, R))
-        delta = layer.get_delta_weight("default")
-        transposed = not hasattr(layer.base_layer, "out_features")
-        torch.testing.assert_close((B @ A).T if transposed else B @ A, delta)
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_peft_converts_it_to_a_lora(tmp_path, kind: str) -> None:
     peft_convert = pytest.importorskip("peft.tuners.lora.conversion")
     model = adapted(kind, target_modules=["q_proj", "c_attn"])
-    before, exact = logits(model), double_logits(model)
+    before = logits(model)
     assert model.supports_lora_conversion()
 
     peft_convert.save_as_lora(tmp_path, model, rank=LAYERS + 3)  # R: nothing is lost
@@ -179,4 +157,3 @@ def test_peft_converts_it_to_a_lora(tmp_path, kind: str) -> None:
     lora = peft.PeftModel.from_pretrained(base_model(kind), tmp_path)
     assert type(lora.peft_config["default"]) is peft.LoraConfig
     torch.testing.assert_close(logits(lora), before)
-    assert exact.shape == before.shape

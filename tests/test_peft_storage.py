@@ -128,6 +128,28 @@ def test_reload_is_exact_in_every_way_of_loading(tmp_path, dtype: torch.dtype, k
     assert bool(trained(loaded)) == ("is_trainable" in kwargs)
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {
+            "rank_pattern": {r"layers\.1\..*q_proj": 6, "v_proj": 2},
+            "alpha_pattern": {"k_proj": 2.0},
+        },
+        {"layers_to_transform": [0, 2], "exclude_modules": ["o_proj"]},
+        {"target_modules": "all-linear", "k": 0},
+    ],
+    ids=["patterns", "some layers", "all-linear"],
+)
+def test_reload_is_exact_for_every_choice_of_layers_and_ranks(tmp_path, kwargs) -> None:
+    model = adapted(**kwargs)
+    model.save_pretrained(tmp_path)
+
+    loaded = reload(tmp_path)
+
+    assert_same(weights(loaded), weights(model))
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_16_bit_adapters_come_back_in_16_bits(tmp_path) -> None:
     model = peft.get_peft_model(base_model().bfloat16(), config(), autocast_adapter_dtype=False)
     randomize_adapters(model).eval().save_pretrained(tmp_path)

@@ -98,6 +98,20 @@ def test_dropout_that_is_not_its_mask_fails(monkeypatch):
     assert not all(check.passed for check in checks)
 
 
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_one_broken_layer_of_several_fails(breakage, monkeypatch):
+    sound, spoil = ops.rasa_linears, BREAKAGES[breakage]
+
+    def broken(*args, **kwargs):
+        first, second = sound(*args, **kwargs)
+        return [first, spoil(second)]
+
+    monkeypatch.setattr(ops, "rasa_linears", broken)
+    checks = list(self_check.check_rasa(torch.float32, torch.float32, 0.25, "cpu"))
+    assert any(check.op == "rasa_linears" and not check.passed for check in checks)
+    assert all(check.passed for check in checks if check.op != "rasa_linears")
+
+
 def test_an_op_that_raises_is_a_failed_check_with_its_message(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no kernel for this CPU")

@@ -32,6 +32,22 @@ __device__ __forceinline__ float2 unpack(uint32_t pair, __half) {
 }
 
 template <class Element>
+__device__ __forceinline__ uint4 pack_8(const float (&v)[8], Element) {
+  return {pack(v[0], v[1], Element()), pack(v[2], v[3], Element()), pack(v[4], v[5], Element()),
+          pack(v[6], v[7], Element())};
+}
+template <class Element>
+__device__ __forceinline__ void unpack_8(float (&v)[8], const uint4& pairs, Element) {
+  const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack(words[i], Element());
+    v[2 * i] = pair.x;
+    v[2 * i + 1] = pair.y;
+  }
+}
+
+template <class Element>
 __device__ __forceinline__ float load_as_float(uint64_t row, int i, bool is_f32) {
   return is_f32 ? reinterpret_cast<const float*>(row)[i]
                 : to_float(reinterpret_cast<const Element*>(row)[i]);
@@ -56,6 +72,20 @@ __device__ __forceinline__ float4 load_4(uint64_t row, int i, int count, const M
     return j < count ? load_as_float<Element>(row, i + j, matrix.is_f32) : 0.0f;
   };
   return {at(0), at(1), at(2), at(3)};
+}
+
+// 8 elements, likewise; 16 bytes of storage in one load, so that no sector is asked for twice.
+template <class Element>
+__device__ __forceinline__ void load_8(float (&v)[8], uint64_t row, int i, int count,
+                                       const MatrixArg& matrix) {
+  if (count >= 8 && matrix.is_aligned && !matrix.is_f32) {
+    unpack_8(v, *reinterpret_cast<const uint4*>(row + int64_t{2} * i), Element());
+    return;
+  }
+  const float4 lo = load_4<Element>(row, i, count, matrix);
+  const float4 hi = load_4<Element>(row, i + 4, count - 4, matrix);
+  v[0] = lo.x, v[1] = lo.y, v[2] = lo.z, v[3] = lo.w;
+  v[4] = hi.x, v[5] = hi.y, v[6] = hi.z, v[7] = hi.w;
 }
 
 template <class Element>

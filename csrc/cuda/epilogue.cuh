@@ -82,7 +82,7 @@ __device__ __forceinline__ void store_row_dots(const float* rows16, float* row_d
 // The m16 row of accumulators acc (kTilesN n8 tiles) into the warp's staging rows, as
 // mma.m16n8k16 holds them: lane l has rows l / 4 and l / 4 + 8, columns 2 (l % 4) and one more.
 template <int kTilesN, int kPitch>
-__device__ __forceinline__ void stage_rows(float* rows16, const float (&acc)[kTilesN][4]) {
+__device__ __forceinline__ void stage_rows(float* rows16, const float (*acc)[4]) {
   const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
 #pragma unroll
   for (int j = 0; j < kTilesN; ++j) {

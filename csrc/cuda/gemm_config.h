@@ -13,18 +13,26 @@ enum class ConfigId : int8_t {
   kShrink40,
   kShrink80,
   kShrink160,
+  kShrink160Tall,
   kShrinkScaled,
   kExpand48,
   kExpand80,
+  kExpand160,
+  kExpand160Wide,
+  kExpandSegments,
   kExpandScaled,
   kWgrad48,
   kWgrad80,
   kWgrad160,
+  kWgrad160Wide,
   kWgradScaled,
-  kMerge,
+  kMerge80,
+  kMerge160,
+  kMerge160Wide,
+  kMergeSegments,
   kReduce,  // no tile shape: the sum of partials, reduce_kernel.cuh
 };
-constexpr int kNumConfigs = 12;  // tile shapes
+constexpr int kNumConfigs = 20;  // tile shapes
 
 struct TileConfig {
   Layout layout;
@@ -33,103 +41,190 @@ struct TileConfig {
   int stages;
   int min_blocks;        // per SM
   bool scales_segments;  // each segment has its scale_m: costs a second set of accumulators
+  // One k block holds the whole reduction, and a block keeps that of B, its panel, in shared memory
+  // while it walks down a column of tiles. Stages are of A alone.
+  bool walks;
 
   RASA_HD constexpr int threads() const { return 32 * warps_m * warps_n; }
   RASA_HD constexpr int warp_m() const { return block_m / warps_m; }
   RASA_HD constexpr int warp_n() const { return block_n / warps_n; }
   RASA_HD constexpr bool A_rows_are_k() const { return layout == Layout::kTN; }
   RASA_HD constexpr bool B_rows_are_k() const { return layout != Layout::kNT; }
-  RASA_HD constexpr int stage_bytes() const { return (block_m + block_n) * block_k * 2; }
+  RASA_HD constexpr int A_bytes() const { return block_m * block_k * 2; }
+  RASA_HD constexpr int B_bytes() const { return block_n * block_k * 2; }
+  RASA_HD constexpr int stage_bytes() const { return A_bytes() + (walks ? 0 : B_bytes()); }
+  RASA_HD constexpr int tiles_bytes() const {
+    return stages * stage_bytes() + (walks ? B_bytes() : 0);
+  }
 
   // Tables of row addresses, in entries of 8 bytes. Rows along k change with the k block and have
-  // two tables: one is read while the next is written.
-  RASA_HD constexpr int A_entries() const { return A_rows_are_k() ? 2 * block_k : block_m; }
-  RASA_HD constexpr int B_entries() const { return B_rows_are_k() ? 2 * block_k : block_n; }
+  // two tables: one is read while the next is written. A walk has one k block, and reads the tables
+  // of A and B before it writes those of C over them.
+  RASA_HD constexpr int k_tables() const { return walks ? 1 : 2; }
+  RASA_HD constexpr int A_entries() const {
+    return A_rows_are_k() ? k_tables() * block_k : block_m;
+  }
+  RASA_HD constexpr int B_entries() const {
+    return B_rows_are_k() ? k_tables() * block_k : block_n;
+  }
+  RASA_HD constexpr int C_table() const { return walks ? 0 : A_entries() + B_entries(); }
   RASA_HD constexpr int table_bytes() const {
-    return 8 * (A_entries() + B_entries() + 2 * block_m);
+    const int operands = A_entries() + B_entries(), C = 2 * block_m;
+    return 8 * (!walks ? operands + C : operands > C ? operands : C);
   }
 
-  // The epilogue stages 16 rows per warp in fp32, over the stages. Pitch in floats: 8 mod 16 makes
-  // the accumulators' 8-byte stores free of bank conflicts.
-  RASA_HD constexpr int staging_pitch() const {
-    return warp_n() % 16 == 8 ? warp_n() : warp_n() + 8;
+  // The epilogue stages 16 rows per warp in fp32: over all stages, or in a walk over the one just
+  // read, where the warp's columns are halved until they fit. Pitch in floats: 8 mod 16 makes the
+  // accumulators' 8-byte stores free of bank conflicts.
+  RASA_HD static constexpr int pitch(int columns) {
+    return columns % 16 == 8 ? columns : columns + 8;
   }
-  RASA_HD constexpr int staging_bytes() const {
-    return warps_m * warps_n * 16 * staging_pitch() * 4;
+  RASA_HD constexpr int staging_bytes(int columns) const {
+    return warps_m * warps_n * 16 * pitch(columns) * 4;
   }
-  RASA_HD constexpr int smem_bytes() const { return stages * stage_bytes() + table_bytes(); }
+  RASA_HD constexpr int staging_room() const { return walks ? stage_bytes() : tiles_bytes(); }
+  RASA_HD constexpr int staging_n() const {
+    int columns = warp_n();
+    while (staging_bytes(columns) > staging_room() && columns % 32 == 0) columns /= 2;
+    return columns;
+  }
+  RASA_HD constexpr int smem_bytes() const { return tiles_bytes() + table_bytes(); }
 };
 
 constexpr TileConfig tile_config(ConfigId id) {
   switch (id) {
-    //                                M    N   K  warps stages blocks
+    //                                M    N   K  warps stages blocks scaled walks
     case ConfigId::kShrink40:
-      return {Layout::kNT, 128, 40, 64, 4, 1, 4, 1, false};
+      return {Layout::kNT, 128, 40, 64, 4, 1, 4, 1, false, false};
     case ConfigId::kShrink80:
-      return {Layout::kNT, 128, 80, 64, 4, 1, 3, 1, false};
+      return {Layout::kNT, 128, 80, 64, 4, 1, 3, 1, false, false};
     case ConfigId::kShrink160:
-      return {Layout::kNT, 128, 160, 32, 4, 2, 4, 1, false};
+      return {Layout::kNT, 128, 160, 32, 4, 2, 4, 1, false, false};
+    case ConfigId::kShrink160Tall:
+      return {Layout::kNT, 256, 160, 32, 4, 2, 3, 1, false, false};
     case ConfigId::kShrinkScaled:
-      return {Layout::kNT, 64, 40, 64, 4, 1, 3, 1, true};
+      return {Layout::kNT, 64, 40, 64, 4, 1, 3, 1, true, false};
     case ConfigId::kExpand48:
-      return {Layout::kNN, 128, 128, 48, 4, 2, 2, 2, false};
+      return {Layout::kNN, 128, 128, 48, 4, 2, 2, 2, false, true};
     case ConfigId::kExpand80:
-      return {Layout::kNN, 128, 128, 80, 4, 2, 2, 1, false};
+      return {Layout::kNN, 128, 128, 80, 4, 2, 2, 2, false, true};
+    case ConfigId::kExpand160:
+      return {Layout::kNN, 96, 192, 160, 2, 4, 1, 1, false, true};
+    case ConfigId::kExpand160Wide:
+      return {Layout::kNN, 128, 256, 160, 2, 4, 2, 1, false, true};
+    case ConfigId::kExpandSegments:
+      return {Layout::kNN, 128, 128, 48, 4, 2, 2, 2, false, false};
     case ConfigId::kExpandScaled:
-      return {Layout::kNN, 64, 128, 48, 4, 2, 2, 1, true};
+      return {Layout::kNN, 64, 128, 48, 4, 2, 2, 1, true, false};
     case ConfigId::kWgrad48:
-      return {Layout::kTN, 48, 128, 64, 1, 4, 3, 1, false};
+      return {Layout::kTN, 48, 128, 64, 1, 4, 3, 1, false, false};
     case ConfigId::kWgrad80:
-      return {Layout::kTN, 80, 128, 64, 1, 4, 3, 1, false};
+      return {Layout::kTN, 80, 128, 64, 1, 4, 3, 1, false, false};
     case ConfigId::kWgrad160:
-      return {Layout::kTN, 160, 128, 32, 2, 4, 4, 1, false};
+      return {Layout::kTN, 160, 128, 32, 2, 4, 4, 1, false, false};
+    case ConfigId::kWgrad160Wide:
+      return {Layout::kTN, 160, 256, 32, 2, 4, 3, 1, false, false};
     case ConfigId::kWgradScaled:
-      return {Layout::kTN, 48, 128, 64, 1, 4, 3, 1, true};
+      return {Layout::kTN, 48, 128, 64, 1, 4, 3, 1, true, false};
+    case ConfigId::kMerge80:
+      return {Layout::kTN, 128, 128, 80, 4, 2, 2, 1, false, true};
+    case ConfigId::kMerge160:
+      return {Layout::kTN, 96, 192, 160, 2, 4, 1, 1, false, true};
+    case ConfigId::kMerge160Wide:
+      return {Layout::kTN, 128, 256, 160, 2, 4, 2, 1, false, true};
     default:
-      return {Layout::kTN, 128, 128, 48, 4, 2, 2, 1, false};
+      return {Layout::kTN, 128, 128, 48, 4, 2, 2, 1, false, false};
   }
 }
 
-// The shared memory that one block may have on sm_86, sm_89 and sm_120, the least of all parts.
-constexpr int kMaxSmemBytes = 99 * 1024;
+// What one block may have of shared memory: on sm_86, sm_89 and sm_120, the least of all parts; on
+// sm_80, the least of those with more (sm_90 and sm_100 have 227 KiB).
+constexpr int kSmallSmemBytes = 99 * 1024;
+constexpr int kLargeSmemBytes = 163 * 1024;
 
-constexpr bool config_is_sound(const TileConfig& c) {
-  return c.smem_bytes() <= kMaxSmemBytes && c.staging_bytes() <= c.stages * c.stage_bytes() &&
-         c.warp_m() % 16 == 0 && c.warp_n() % 8 == 0 && c.block_k % 16 == 0 && c.stages >= 2 &&
-         (c.layout == Layout::kNT || c.warp_n() % 16 == 0) && c.threads() <= 256;
+constexpr bool needs_large_smem(ConfigId id) {
+  return id == ConfigId::kExpand160Wide || id == ConfigId::kMerge160Wide;
 }
 
-// Which configs grouped_gemm.cu instantiates with dropout beside those without.
-constexpr bool has_dropout_kernel(ConfigId id) { return id != ConfigId::kMerge; }
+// Whether select_config has a use for it on a device: a large one has wider merges.
+constexpr bool is_for(ConfigId id, int smem_bytes) {
+  return smem_bytes >= kLargeSmemBytes ? id != ConfigId::kMerge160 : !needs_large_smem(id);
+}
+
+constexpr bool config_is_sound(ConfigId id) {
+  const TileConfig c = tile_config(id);
+  return c.smem_bytes() <= (needs_large_smem(id) ? kLargeSmemBytes : kSmallSmemBytes) &&
+         c.staging_bytes(c.staging_n()) <= c.staging_room() && c.warp_m() % 16 == 0 &&
+         c.warp_n() % 8 == 0 && c.block_k % 16 == 0 &&
+         (c.walks ? c.stages <= 2 && c.staging_n() % 16 == 0 : c.stages >= 2) &&
+         (c.layout == Layout::kNT ? !c.walks : c.warp_n() % 16 == 0) && c.threads() <= 256;
+}
+
+constexpr bool is_merge(ConfigId id) { return id >= ConfigId::kMerge80 && id < ConfigId::kReduce; }
+
+// Which configs grouped_gemm.cu instantiates with dropout beside those without. The widest wgrad
+// has no registers left for it.
+constexpr bool has_dropout_kernel(ConfigId id) {
+  return !is_merge(id) && id != ConfigId::kWgrad160Wide;
+}
 
 // The argument block that the kernel declares: large where a group has many problems, or a problem
 // many segments.
 constexpr int arg_bytes(ConfigId id) {
-  const bool is_large = tile_config(id).scales_segments || id == ConfigId::kMerge;
-  return is_large ? kLargeArgBytes : kSmallArgBytes;
+  return tile_config(id).scales_segments || is_merge(id) ? kLargeArgBytes : kSmallArgBytes;
 }
+
+// Whether the addresses of all copies stay in registers from one k block to the next: a short
+// reduction has no use for them.
+constexpr bool keeps_addresses(const TileConfig& c) { return c.stages > 2; }
 
 // Dropout's registers leave room for one block of any config.
 constexpr int blocks_per_sm(ConfigId id, bool has_dropout) {
   return has_dropout ? 1 : tile_config(id).min_blocks;
 }
 
-// scales_segments: several segments, of which one has its own scale_m.
-constexpr ConfigId select_config(Layout layout, int64_t M, int64_t N, int64_t max_K,
-                                 bool scales_segments) {
-  switch (layout) {
+// What the choice of a config looks at.
+struct ProblemShape {
+  Layout layout;
+  int64_t M, N, max_K;
+  int num_segments;
+  bool scales_segments;  // several segments, of which one has its own scale_m
+  bool has_row_dot, has_dropout;
+};
+
+// L2 figures: bytes that cross from L2 to the SMs over those of operands and result, each once, for
+// large M, N and K, at R = 156 where not said otherwise. benchmarks/results/kernels_ptx.json has
+// the counted ones.
+constexpr ConfigId select_config(const ProblemShape& p, int smem_bytes) {
+  const bool has_large_smem = smem_bytes >= kLargeSmemBytes;
+  const bool walks = p.num_segments == 1 && p.max_K <= 160;
+  switch (p.layout) {
     case Layout::kNT:  // one N tile holds the whole rank, so x is read once
-      if (scales_segments) return ConfigId::kShrinkScaled;
-      if (N <= 40) return ConfigId::kShrink40;
-      return N <= 80 ? ConfigId::kShrink80 : ConfigId::kShrink160;
-    case Layout::kNN:  // one k block holds the rank up to 80, two hold 160
-      if (scales_segments) return ConfigId::kExpandScaled;
-      return max_K <= 48 ? ConfigId::kExpand48 : ConfigId::kExpand80;
-    default:  // one M tile holds the whole rank, so x is read once; merge has the rank along K
-      if (scales_segments) return ConfigId::kWgradScaled;
-      if (M <= 48) return ConfigId::kWgrad48;
-      if (M <= 80) return ConfigId::kWgrad80;
-      return M <= 160 ? ConfigId::kWgrad160 : ConfigId::kMerge;
+      if (p.scales_segments) return ConfigId::kShrinkScaled;
+      if (p.N <= 40) return ConfigId::kShrink40;  // R = 39: L2 1.31
+      if (p.N <= 80) return ConfigId::kShrink80;  // R = 78: L2 1.61
+      if (p.M <= 128) return ConfigId::kShrink160;
+      return ConfigId::kShrink160Tall;  // 256 rows share a load of A: L2 1.61, with 128 2.22
+    case Layout::kNN:
+      if (p.scales_segments) return ConfigId::kExpandScaled;
+      if (!walks) return ConfigId::kExpandSegments;
+      if (p.max_K <= 48) return ConfigId::kExpand48;  // R = 39: L2 1.15; 40 KiB, so two blocks
+      if (p.max_K <= 80) return ConfigId::kExpand80;  // R = 78: L2 1.30
+      // Narrow: the widest panel beside which A fits 99 KiB, L2 1.41. Wide: L2 1.30, and the next
+      // tile's A is loaded while this one is stored.
+      return has_large_smem && p.M > 96 ? ConfigId::kExpand160Wide : ConfigId::kExpand160;
+    default:  // wgrad: one M tile holds the whole rank, so x is read once; merge has it along K
+      if (p.scales_segments) return ConfigId::kWgradScaled;
+      if (p.M <= 48) return ConfigId::kWgrad48;       // R = 39: L2 1.31
+      if (p.M <= 80) return ConfigId::kWgrad80;       // R = 78: L2 1.61
+      if (p.has_dropout) return ConfigId::kWgrad160;  // its instructions cost more than L2
+      if (p.M <= 160) {  // 256 columns share a load of g: L2 1.61, with 128 2.22
+        return p.N <= 128 ? ConfigId::kWgrad160 : ConfigId::kWgrad160Wide;
+      }
+      if (p.has_row_dot) return ConfigId::kWgrad160;  // a merge has none
+      if (!walks) return ConfigId::kMergeSegments;
+      if (p.max_K <= 80) return ConfigId::kMerge80;  // as expand
+      return has_large_smem ? ConfigId::kMerge160Wide : ConfigId::kMerge160;
   }
 }
 

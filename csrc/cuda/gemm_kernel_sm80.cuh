@@ -1,8 +1,8 @@
 // The grouped GEMM: gemm_problem.h gives the formula of one problem.
 //
 //            N                        A block computes tiles of kBlockM × kBlockN, one after the
-//      ┌────────┬────────┐            other, of all problems of the launch (a persistent grid).
-//      │ warp 0 │ warp 1 │ kWarpM
+//      ┌────────┬────────┐            other, of all problems of the launch (a persistent grid), by
+//      │ warp 0 │ warp 1 │ kWarpM     the loop below or, where B stays, that of column_walk.cuh.
 //    M ├────────┼────────┤            Shared memory:
 //      │ warp 2 │ warp 3 │              stages × (A tile, B tile), 16-bit, as stored globally and
 //      └────────┴────────┘              swizzled (smem_layout.h); over them, in the epilogue, the
@@ -26,11 +26,14 @@
 
 #include <type_traits>
 
+#include "chunk_store.cuh"
+#include "column_walk.cuh"
 #include "dropout.cuh"
 #include "epilogue.cuh"
 #include "gemm_config.h"
 #include "operand_tile.cuh"
 #include "split.h"
+#include "tile_order.h"
 
 namespace rasa::cuda {
 
@@ -43,18 +46,18 @@ class GemmTile {
   static constexpr int kThreads = kTile.threads(), kStages = kTile.stages;
   static constexpr bool kAByK = kTile.A_rows_are_k(), kBByK = kTile.B_rows_are_k();
   static constexpr Layout kLayout = kTile.layout;
+  static constexpr bool kUnrolls = keeps_addresses(kTile);
   // An NN reduction, over the rank, is short.
   static constexpr bool kSplits = kLayout != Layout::kNN;
   // B is the smaller operand, but fp16 has no room for the product of two small factors, and Bt
   // starts from zero.
   static constexpr bool kScalesA = std::is_same_v<Element, __half>;
-  // Two stages are for a short reduction, of a block or two: registers are worth more.
-  static constexpr bool kUnrolls = kStages > 2;
   using ATile = TileLayout<kAByK ? kBlockK : kBlockM, kAByK ? kBlockM : kBlockK>;
   using BTile = TileLayout<kBByK ? kBlockK : kBlockN, kBByK ? kBlockN : kBlockK>;
-  static_assert(config_is_sound(kTile), "a config must fit every architecture's shared memory");
+  static_assert(config_is_sound(kId), "a config must fit the shared memory it is chosen for");
 
  public:
+  static constexpr bool kWalks = kTile.walks;
   using Accumulators = float[kTilesM][kTilesN][4];
 
   __device__ GemmTile(const KernelArgs& args, char* smem, int tile)
@@ -92,18 +95,98 @@ class GemmTile {
         add_segment(acc, segment, k);
       }
     }
-    store(acc);
+    __syncthreads();  // every warp has read the last stage, and the last tile's rows of C
+    write_C_rows();
+    __syncthreads();  // the tables are written
+    store(acc, smem_);
   }
+
+  // The steps of a tile in a walk; its problem has one segment, of one k block.
+  static constexpr int kSlots = kStages;
+  __device__ bool is_first_of_column() const { return m0_ == 0; }
+  __device__ void write_A_rows() const {
+    if constexpr (kAByK) {
+      write_rows(A_rows(0), kBlockK, args_, only_segment().A, 0, only_segment().K);
+    } else {
+      write_rows(A_rows(0), kBlockM, args_, only_segment().A, m0_, problem_.M);
+    }
+  }
+  __device__ void write_B_rows() const {
+    write_rows(B_rows(0), kBlockK, args_, only_segment().B, 0, only_segment().K);
+  }
+  __device__ void load_A(int slot) const { load_A(only_segment(), 0, A_stage(slot)); }
+  __device__ void load_panel() const { load_B(only_segment(), 0, panel()); }
+  // After this thread's copies of it have landed.
+  __device__ void scale_A(int slot) const {
+    scale_tile<ATile, kThreads, Element>(A_stage(slot), A_columns(only_segment(), 0),
+                                         only_segment().A);
+  }
+  __device__ void scale_panel() const {
+    scale_tile<BTile, kThreads, Element>(panel(), B_columns(only_segment(), 0), only_segment().B);
+  }
+  __device__ void write_C_rows() const {
+    if (!kWalks && problem_.partials_at >= 0) {
+      write_partial_rows(C_rows(), kBlockM, args_, problem_, m0_, split_);
+    } else {
+      write_rows(C_rows(), kBlockM, args_, problem_.C, m0_, problem_.M);
+      write_rows(C_rows() + kBlockM, kBlockM, args_, problem_.C_in, m0_, problem_.M);
+    }
+  }
+  __device__ void multiply_panel(Accumulators& acc, int slot) {
+    if constexpr (kDropout) seed_ = static_cast<uint64_t>(*only_segment().seed);
+    const int K = only_segment().K;
+#pragma unroll
+    for (int kk = 0; kk < kBlockK / 16; ++kk) {
+      if (16 * kk >= K) break;
+      multiply_k16(acc, smem_address(A_stage(slot)), smem_address(panel()), kk, kk);
+    }
+  }
+  // C_in in registers, if C and C_in are stored by chunks.
+  using Chunks = ChunkStore<kWarpN, kTile.staging_n(), kTile.pitch(kTile.staging_n()), Element>;
+  using Base = typename Chunks::Base;
+  static constexpr bool kLoadsBaseFirst = blocks_per_sm(kId, kDropout) == 1;
+  __device__ bool stores_chunks() const {
+    return Chunks::is_possible(problem_) && problem_.scale_m == nullptr;
+  }
+  __device__ void load_base(Base& base) const {
+#pragma unroll
+    for (int n = 0; n < kWarpN; n += kTile.staging_n()) chunks().load_base(base, warp_m_, n);
+  }
+  __device__ void store_chunks(Accumulators& acc, Base& base, int slot) const {
+    constexpr int kStagingN = kTile.staging_n(), kPitch = kTile.pitch(kStagingN);
+    float* rows16 = reinterpret_cast<float*>(A_stage(slot)) + threadIdx.x / 32 * 16 * kPitch;
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+      if constexpr (kDropout && kLayout == Layout::kNN) drop_sums(acc[i], i);
+#pragma unroll
+      for (int n = 0; n < kWarpN; n += kStagingN) {
+        Chunks::stage(rows16, acc[i] + n / kChunk);
+        __syncwarp();  // the warp's rows are staged
+        chunks().store(rows16, base, warp_m_ + 16 * i, n);
+        if (i + 1 < kTilesM) chunks().load_base(base, warp_m_ + 16 * (i + 1), n);
+        __syncwarp();  // they are read, the next ones may be staged
+      }
+    }
+  }
+  __device__ void store_rows_of(Accumulators& acc, int slot) const { store(acc, A_stage(slot)); }
 
  private:
   __device__ char* A_stage(int k) const { return smem_ + k % kStages * kTile.stage_bytes(); }
   __device__ char* B_stage(int k) const { return A_stage(k) + ATile::kBytes; }
+  __device__ char* panel() const { return smem_ + kStages * kTile.stage_bytes(); }
   __device__ uint64_t* tables() const {
-    return reinterpret_cast<uint64_t*>(smem_ + kStages * kTile.stage_bytes());
+    return reinterpret_cast<uint64_t*>(smem_ + kTile.tiles_bytes());
   }
   __device__ uint64_t* A_rows(int k) const { return tables() + (kAByK ? k % 2 * kBlockK : 0); }
   __device__ uint64_t* B_rows(int k) const {
     return tables() + kTile.A_entries() + (kBByK ? k % 2 * kBlockK : 0);
+  }
+  __device__ uint64_t* C_rows() const { return tables() + kTile.C_table(); }
+  __device__ Chunks chunks() const {
+    return {problem_, C_rows(), C_rows() + kBlockM, n0_ + warp_n_};
+  }
+  __device__ const SegmentArg& only_segment() const {
+    return args_.segment(problem_.first_segment);
   }
 
   __device__ void write_fixed_rows(const SegmentArg& segment) const {
@@ -116,16 +199,33 @@ class GemmTile {
     if constexpr (kBByK) write_rows(B_rows(k), kBlockK, args_, segment.B, first, segment.K);
   }
 
-  __device__ void load_stage(const SegmentArg& segment, int k) const {
+  __device__ TileColumns A_columns(const SegmentArg& segment, int k) const {
     const int k0 = k * kBlockK;
-    const void* A_scale = kScalesA ? segment.scale_k : nullptr;
-    const void* B_scale = kScalesA ? nullptr : segment.scale_k;
-    const TileColumns A_columns = {
-        kAByK ? m0_ : k0, kAByK ? problem_.M : segment.K, A_scale, k0, kAByK, args_.scale_dtype};
-    const TileColumns B_columns = {
-        kBByK ? n0_ : k0, kBByK ? problem_.N : segment.K, B_scale, k0, kBByK, args_.scale_dtype};
-    load_tile<ATile, kThreads, kUnrolls, Element>(A_stage(k), A_rows(k), A_columns, segment.A);
-    load_tile<BTile, kThreads, kUnrolls, Element>(B_stage(k), B_rows(k), B_columns, segment.B);
+    return {kAByK ? m0_ : k0,
+            kAByK ? problem_.M : segment.K,
+            kScalesA ? segment.scale_k : nullptr,
+            k0,
+            segment.K,
+            kAByK,
+            args_.scale_dtype};
+  }
+  __device__ TileColumns B_columns(const SegmentArg& segment, int k) const {
+    const int k0 = k * kBlockK;
+    return {kBByK ? n0_ : k0,
+            kBByK ? problem_.N : segment.K,
+            kScalesA ? nullptr : segment.scale_k,
+            k0,
+            segment.K,
+            kBByK,
+            args_.scale_dtype};
+  }
+  __device__ void load_A(const SegmentArg& segment, int k, char* tile) const {
+    load_tile<ATile, kThreads, kUnrolls, kWalks, Element>(tile, A_rows(k), A_columns(segment, k),
+                                                          segment.A);
+  }
+  __device__ void load_B(const SegmentArg& segment, int k, char* tile) const {
+    load_tile<BTile, kThreads, kUnrolls, kWalks, Element>(tile, B_rows(k), B_columns(segment, k),
+                                                          segment.B);
   }
 
   // acc += op(A_s) · scale_k ∘ op(B_s), over the k blocks of `range`.
@@ -141,41 +241,47 @@ class GemmTile {
       cp_async_wait<kStages - 2>();  // leaves exactly the newer ones pending: k has landed
       // k and the tables of next are visible to all; k - 1 is read, its stage may be overwritten.
       __syncthreads();
-      if (next < range.end) load_stage(segment, next);
+      if (next < range.end) {
+        load_A(segment, next, A_stage(next));
+        load_B(segment, next, B_stage(next));
+      }
       cp_async_commit();
       if (k >= range.begin) compute_stage(acc, k);
     }
     cp_async_wait<0>();
   }
 
-  // Of the two operands' fragments, the fewer are kept in registers and the others pass by.
   __device__ void compute_stage(Accumulators& acc, int k) const {
     const uint32_t A = smem_address(A_stage(k)), B = smem_address(B_stage(k));
 #pragma unroll
     for (int kk = 0; kk < kBlockK / 16; ++kk) {
-      const int k16 = k * (kBlockK / 16) + kk;
-      if constexpr (4 * kTilesM <= 2 * kTilesN) {
-        uint32_t a[kTilesM][4];
+      multiply_k16(acc, A, B, kk, k * (kBlockK / 16) + kk);
+    }
+  }
+
+  // Of the two operands' fragments, the fewer are kept in registers and the others pass by.
+  __device__ void multiply_k16(Accumulators& acc, uint32_t A, uint32_t B, int kk, int k16) const {
+    if constexpr (4 * kTilesM <= 2 * kTilesN) {
+      uint32_t a[kTilesM][4];
 #pragma unroll
-        for (int i = 0; i < kTilesM; ++i) load_A(a[i], A, i, kk, k16);
+      for (int i = 0; i < kTilesM; ++i) A_fragment(a[i], A, i, kk, k16);
 #pragma unroll
-        for (int j = 0; j < kTilesN; j += 2) {
-          uint32_t b[4];
-          load_B(b, B, j, kk, k16);
+      for (int j = 0; j < kTilesN; j += 2) {
+        uint32_t b[4];
+        B_fragment(b, B, j, kk, k16);
 #pragma unroll
-          for (int i = 0; i < kTilesM; ++i) multiply(acc[i], a[i], b, j);
-        }
-      } else {
-        uint32_t b[(kTilesN + 1) / 2][4];
+        for (int i = 0; i < kTilesM; ++i) multiply(acc[i], a[i], b, j);
+      }
+    } else {
+      uint32_t b[(kTilesN + 1) / 2][4];
 #pragma unroll
-        for (int j = 0; j < kTilesN; j += 2) load_B(b[j / 2], B, j, kk, k16);
+      for (int j = 0; j < kTilesN; j += 2) B_fragment(b[j / 2], B, j, kk, k16);
 #pragma unroll
-        for (int i = 0; i < kTilesM; ++i) {
-          uint32_t a[4];
-          load_A(a, A, i, kk, k16);
+      for (int i = 0; i < kTilesM; ++i) {
+        uint32_t a[4];
+        A_fragment(a, A, i, kk, k16);
 #pragma unroll
-          for (int j = 0; j < kTilesN; j += 2) multiply(acc[i], a, b[j / 2], j);
-        }
+        for (int j = 0; j < kTilesN; j += 2) multiply(acc[i], a, b[j / 2], j);
       }
     }
   }
@@ -187,7 +293,7 @@ class GemmTile {
     if (j + 1 < kTilesN) mma_m16n8k16(acc[j + 1], a, b[2], b[3], Element());
   }
 
-  __device__ void load_A(uint32_t (&a)[4], uint32_t tile, int i, int kk, int k16) const {
+  __device__ void A_fragment(uint32_t (&a)[4], uint32_t tile, int i, int kk, int k16) const {
     const int m = warp_m_ + 16 * i;
     if constexpr (kAByK) {
       const ChunkCoord c = fragment_by_columns(lane_);
@@ -204,7 +310,7 @@ class GemmTile {
     }
   }
 
-  __device__ void load_B(uint32_t (&b)[4], uint32_t tile, int j, int kk, int k16) const {
+  __device__ void B_fragment(uint32_t (&b)[4], uint32_t tile, int j, int kk, int k16) const {
     const int n = warp_n_ + 8 * j;
     if constexpr (kBByK) {
       static_assert(kTilesN % 2 == 0, "n8 tiles come in pairs where B is stored (K,N)");
@@ -245,34 +351,28 @@ class GemmTile {
     }
   }
 
-  __device__ void store(Accumulators& acc) const {
-    uint64_t* C_rows = tables() + kTile.A_entries() + kTile.B_entries();
-    uint64_t* C_in_rows = C_rows + kBlockM;
-    __syncthreads();  // every warp has read the last stage, and the last tile's rows of C
-    if (problem_.partials_at >= 0) {
-      write_partial_rows(C_rows, kBlockM, args_, problem_, m0_, split_);
-    } else {
-      write_rows(C_rows, kBlockM, args_, problem_.C, m0_, problem_.M);
-      write_rows(C_in_rows, kBlockM, args_, problem_.C_in, m0_, problem_.M);
-    }
-    __syncthreads();  // the tables are written
-    constexpr int kPitch = kTile.staging_pitch();
-    float* rows16 = reinterpret_cast<float*>(smem_) + threadIdx.x / 32 * 16 * kPitch;
+  // staging: kTile.staging_room() bytes that nobody else reads or writes.
+  __device__ void store(Accumulators& acc, char* staging) const {
+    constexpr int kStagingN = kTile.staging_n(), kPitch = kTile.pitch(kStagingN);
+    float* rows16 = reinterpret_cast<float*>(staging) + threadIdx.x / 32 * 16 * kPitch;
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
       if constexpr (kDropout && kLayout == Layout::kNN) drop_sums(acc[i], i);
-      stage_rows<kTilesN, kPitch>(rows16, acc[i]);
-      __syncwarp();  // the warp's rows are staged
-      const int row0 = warp_m_ + 16 * i, n0 = n0_ + warp_n_;
-      if constexpr (kLayout == Layout::kTN) {
-        if (problem_.row_dots_at >= 0) {
-          store_row_dots<kWarpN, kPitch, Element>(rows16, row_dots(), m0_ + row0, n0, problem_,
-                                                  args_);
+#pragma unroll
+      for (int n = 0; n < kWarpN; n += kStagingN) {
+        stage_rows<kStagingN / 8, kPitch>(rows16, acc[i] + n / 8);
+        __syncwarp();  // the warp's rows are staged
+        const int row0 = warp_m_ + 16 * i, n0 = n0_ + warp_n_ + n;
+        if constexpr (kLayout == Layout::kTN && !kWalks) {
+          if (problem_.row_dots_at >= 0) {
+            store_row_dots<kWarpN, kPitch, Element>(rows16, row_dots(), m0_ + row0, n0, problem_,
+                                                    args_);
+          }
         }
+        store_rows<kStagingN, kPitch, Element>(rows16, {C_rows(), C_rows() + kBlockM}, row0, m0_,
+                                               n0, problem_, args_.scale_dtype);
+        __syncwarp();  // they are read, the next ones may be staged
       }
-      store_rows<kWarpN, kPitch, Element>(rows16, {C_rows, C_in_rows}, row0, m0_, n0, problem_,
-                                          args_.scale_dtype);
-      __syncwarp();  // they are read, the next ones may be staged
     }
   }
 
@@ -313,9 +413,14 @@ template <ConfigId kId, class Element, bool kDropout>
 __global__ void __launch_bounds__(tile_config(kId).threads(), blocks_per_sm(kId, kDropout))
     grouped_gemm_sm80(const __grid_constant__ ArgsBlock<arg_bytes(kId)> args) {
   extern __shared__ __align__(1024) char smem[];
+  using Tile = GemmTile<kId, Element, kDropout>;
+  if constexpr (Tile::kWalks) {
+    walk_columns<Tile>(args, smem);
+  } else {
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x) {
-    GemmTile<kId, Element, kDropout>(args, smem, tile).run();
+    for (int tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x) {
+      Tile(args, smem, tile).run();
+    }
   }
 }
 

@@ -104,15 +104,4 @@ static_assert(sizeof(KernelArgs) == 32 && sizeof(ArgsBlock<kLargeArgBytes>) == k
 static_assert(sizeof(SegmentArg) == 48 && sizeof(ProblemArg) == 72 && sizeof(Block) == 16,
               "224 merges of two blocks each must fit two launches");
 
-struct TileCoord {
-  int m, n;  // of tiles
-};
-
-// Tiles that run at the same time share the long operand: x of an NT problem has many rows, that of
-// a TN problem many columns.
-RASA_HD constexpr TileCoord tile_coord(Layout layout, int tile, int tiles_m, int tiles_n) {
-  return layout == Layout::kNT ? TileCoord{tile / tiles_n, tile % tiles_n}
-                               : TileCoord{tile % tiles_m, tile / tiles_m};
-}
-
 }  // namespace rasa::cuda

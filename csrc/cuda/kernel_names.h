@@ -16,6 +16,7 @@ inline std::string kernel_name(ConfigId config, DType element, bool has_dropout)
   std::string name = std::string(layout) + " " + std::to_string(tile.block_m) + "x" +
                      std::to_string(tile.block_n) + "x" + std::to_string(tile.block_k);
   if (tile.scales_segments) name += " scaled";
+  if (tile.walks) name += " walk";
   return name + type + (has_dropout ? " dropout" : "");
 }
 
@@ -30,11 +31,12 @@ inline std::vector<std::string> kernel_names(const Program& program, const Devic
   return names;
 }
 
-// Every kernel there is for an element.
-inline std::vector<std::string> all_kernel_names(DType element) {
+// Every kernel there is for an element on a device.
+inline std::vector<std::string> all_kernel_names(DType element, const DeviceInfo& device) {
   std::vector<std::string> names = {kernel_name(ConfigId::kReduce, element, false)};
   for (int i = 0; i < kNumConfigs; ++i) {
     const ConfigId config = static_cast<ConfigId>(i);
+    if (!is_for(config, device.smem_bytes)) continue;
     names.push_back(kernel_name(config, element, false));
     if (has_dropout_kernel(config)) names.push_back(kernel_name(config, element, true));
   }

@@ -39,10 +39,32 @@ __device__ __forceinline__ void write_rows(uint64_t* table, int num_rows, const 
 struct TileColumns {
   int first, limit;
   const void* scale_k;  // nullptr: ones. Indexed by first_k + row, or by column
-  int first_k;
+  int first_k, K;
   bool scale_by_row;
   DType scale_dtype;
 };
+
+__device__ __forceinline__ bool is_copied(const MatrixArg& matrix) {
+  return matrix.is_aligned && !matrix.is_f32;
+}
+
+// v *= scale_k, for the chunk at a row of the tile and a column of the operand.
+__device__ __forceinline__ void scale_chunk(float (&v)[kChunk], int row, int column,
+                                            const TileColumns& columns) {
+  if (columns.scale_by_row) {
+    const int k = columns.first_k + row;
+    const float factor = k < columns.K ? load_scale(columns.scale_k, k, columns.scale_dtype) : 0.0f;
+#pragma unroll
+    for (float& x : v) x *= factor;
+  } else {
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      if (column + j < columns.K) {
+        v[j] *= load_scale(columns.scale_k, column + j, columns.scale_dtype);
+      }
+    }
+  }
+}
 
 // kUnrolls: the addresses of all copies stay in registers from one k block to the next.
 template <class Layout, int kThreads, bool kUnrolls>
@@ -73,37 +95,37 @@ __device__ __forceinline__ void convert_tile(char* tile, const uint64_t* rows,
     const ChunkCoord c = Layout::coord(index);
     const uint64_t row = rows[c.row];
     const int column = columns.first + c.chunk * kChunk;
-    const int count = row == 0 ? 0 : columns.limit - column;
-    float4 lo = load_4<Element>(row, column, count, matrix);
-    float4 hi = load_4<Element>(row, column + 4, count - 4, matrix);
-    if (columns.scale_k != nullptr) {
-      const auto scale = [&](float& x, int j) {
-        if (j >= count) return;
-        const int k = columns.scale_by_row ? columns.first_k + c.row : column + j;
-        x *= load_scale(columns.scale_k, k, columns.scale_dtype);
-      };
-      scale(lo.x, 0);
-      scale(lo.y, 1);
-      scale(lo.z, 2);
-      scale(lo.w, 3);
-      scale(hi.x, 4);
-      scale(hi.y, 5);
-      scale(hi.z, 6);
-      scale(hi.w, 7);
-    }
-    *reinterpret_cast<uint4*>(tile + Layout::offset(c.row, c.chunk)) = {
-        pack(lo.x, lo.y, Element()), pack(lo.z, lo.w, Element()), pack(hi.x, hi.y, Element()),
-        pack(hi.z, hi.w, Element())};
+    float v[kChunk];
+    load_8<Element>(v, row, column, row == 0 ? 0 : columns.limit - column, matrix);
+    if (columns.scale_k != nullptr && row != 0) scale_chunk(v, c.row, column, columns);
+    *reinterpret_cast<uint4*>(tile + Layout::offset(c.row, c.chunk)) = pack_8(v, Element());
   }
 }
 
-template <class Layout, int kThreads, bool kUnrolls, class Element>
+// kScalesLater: what is copied is scaled by scale_tile() when it has landed.
+template <class Layout, int kThreads, bool kUnrolls, bool kScalesLater, class Element>
 __device__ __forceinline__ void load_tile(char* tile, const uint64_t* rows,
                                           const TileColumns& columns, const MatrixArg& matrix) {
-  if (matrix.is_aligned && !matrix.is_f32 && columns.scale_k == nullptr) {
+  if (is_copied(matrix) && (kScalesLater || columns.scale_k == nullptr)) {
     copy_tile<Layout, kThreads, kUnrolls>(smem_address(tile), rows, columns);
   } else {
     convert_tile<Layout, kThreads, Element>(tile, rows, columns, matrix);
+  }
+}
+
+// Each thread scales what it copied itself, so it needs to have waited for no other's copies.
+template <class Layout, int kThreads, class Element>
+__device__ __forceinline__ void scale_tile(char* tile, const TileColumns& columns,
+                                           const MatrixArg& matrix) {
+  if (columns.scale_k == nullptr || !is_copied(matrix)) return;
+#pragma unroll 2
+  for (int index = threadIdx.x; index < Layout::kChunks; index += kThreads) {
+    const ChunkCoord c = Layout::coord(index);
+    uint4* chunk = reinterpret_cast<uint4*>(tile + Layout::offset(c.row, c.chunk));
+    float v[kChunk];
+    unpack_8(v, *chunk, Element());
+    scale_chunk(v, c.row, columns.first + c.chunk * kChunk, columns);
+    *chunk = pack_8(v, Element());
   }
 }
 

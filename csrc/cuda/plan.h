@@ -82,20 +82,19 @@ class GroupPlanner {
 
   bool runs_here(const Problem& p) const {
     if (p.M == 0 || p.N == 0) return false;
-    int64_t max_K = 0;
-    bool has_scale_m = false;
-    for (int32_t i = 0; i < p.num_segments; ++i) {
-      max_K = std::max<int64_t>(max_K, segments(p)[i].K);
-      has_scale_m |= segments(p)[i].scale_m != nullptr;
-    }
     const bool drops = p.drop_threshold > 0;
-    ConfigId id = select_config(group_.layout, p.M, p.N, max_K, has_scale_m && p.num_segments > 1);
-    // A merge has neither.
-    if (id == ConfigId::kMerge && (drops || p.row_dot != nullptr)) id = ConfigId::kWgrad160;
+    const bool dots = p.row_dot != nullptr;
+    ProblemShape shape = {group_.layout, p.M, p.N, 0, p.num_segments, false, dots, drops};
+    for (const Segment* s = segments(p); s < segments(p) + p.num_segments; ++s) {
+      shape.max_K = std::max<int64_t>(shape.max_K, s->K);
+      shape.scales_segments |= s->scale_m != nullptr && p.num_segments > 1;
+    }
+    ConfigId id = select_config(shape, device_.smem_bytes);
     // The kernels with a scale for each segment take the most arguments.
     const size_t bytes = ArgsBuilder::num_bytes(p, segments(p), p.num_segments);
     if (bytes > static_cast<size_t>(arg_bytes(id))) {
-      id = select_config(group_.layout, p.M, p.N, max_K, true);
+      shape.scales_segments = true;
+      id = select_config(shape, device_.smem_bytes);
     }
     return id == kernel_.config && drops == kernel_.has_dropout;
   }

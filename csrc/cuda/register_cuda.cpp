@@ -21,15 +21,21 @@ constexpr int kMaxDevices = 128;  // torch's limit
 
 at::Device current_device() { return {at::kCUDA, c10::cuda::current_device()}; }
 
-DeviceInfo device_info(at::Device device) {
-  static std::array<std::atomic<int32_t>, kMaxDevices> num_sms = {};
-  std::atomic<int32_t>& known = num_sms[device.index()];
-  int count = known.load(std::memory_order_relaxed);
-  if (count == 0) {
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index()));
-    known.store(count, std::memory_order_relaxed);
+using KnownValues = std::array<std::atomic<int32_t>, kMaxDevices>;
+
+int attribute(cudaDeviceAttr name, KnownValues& known, at::Device device) {
+  int value = known[device.index()].load(std::memory_order_relaxed);
+  if (value == 0) {
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device.index()));
+    known[device.index()].store(value, std::memory_order_relaxed);
   }
-  return {count};
+  return value;
+}
+
+DeviceInfo device_info(at::Device device) {
+  static KnownValues num_sms = {}, smem_bytes = {};
+  return {attribute(cudaDevAttrMultiProcessorCount, num_sms, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, smem_bytes, device)};
 }
 
 void check_launch(cudaError_t error, const std::string& what, at::Device device) {

@@ -20,6 +20,7 @@ namespace rasa::cuda {
 // What the plan needs to know of the GPU.
 struct DeviceInfo {
   int32_t num_sms;
+  int32_t smem_bytes;        // that a block may opt in to
   double reduce_launch = 8;  // one more launch, in k blocks: about 2 µs at 0.25 µs each
 };
 

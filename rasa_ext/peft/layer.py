@@ -74,7 +74,7 @@ class Pool:
 
 
 class Pools(dict[str, Pool]):
-    """The pools of a layer's adapters. PEFT before 0.20 freezes by these methods, not by tensor."""
+    """The pools of a layer's adapters. PEFT 0.18 freezes through methods, later ones by tensor."""
 
     def requires_grad_(self, requires_grad: bool = True) -> None:
         """Freeze or unfreeze the pools of all adapters."""
@@ -217,20 +217,6 @@ class Linear(nn.Module, BaseTunerLayer):
             return torch.zeros(size, device=device_of(self.base_layer))
         delta = delta_weight(*self.adapter(adapter_name))
         return delta.T if is_transposed(self.get_base_layer()) else delta
-
-    @torch.no_grad()
-    def lora_pair(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return the update as a LoRA: A (R, K) and B (N, R), for a scaling of 1.
-
-        Semantics, exact but for the rounding of B in float32::
-
-            A = torch.cat([A_shared, A])
-            B = (torch.cat([Bt_shared, Bt]) * d[:, None]).T
-        """
-        A, A_shared, Bt, Bt_shared, d = self.adapter(adapter_name)
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        B = torch.cat([Bt_shared, Bt]).to(dtype) * d.to(dtype)[:, None]
-        return torch.cat([A_shared, A]).to(dtype), B.T.contiguous()
 
     def merged_weight(self, adapter_names: list[str]) -> tuple[Tensor, Tensor]:
         """Return the base weight, and what it is with these adapters and those merged already.

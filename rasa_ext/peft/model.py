@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -65,6 +67,11 @@ class RaSAModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         """Put an adapter into the model; after an error the model is as it was."""
+        if any(adapter_name in layer.rasa_settings for layer in _layers(model).values()):
+            raise ValueError(
+                f"RaSAModel: adapter_name must be new to the model, got {adapter_name!r}. Name "
+                "another, or unload() the model first"
+            )
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         names: list[str] = list(self.targeted_module_names)
         # By name: the layer, its parent, and what it replaces there (None: a layer of ours).
@@ -165,6 +172,16 @@ class RaSAModel(BaseTuner):
             if adapter_name in shared:
                 del shared[adapter_name]
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse PEFT's argument for mixed batches, which would be ignored without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "RaSAModel: adapter_names is not supported: one batch goes through the active "
+                f"adapters, got {kwargs['adapter_names']}. Call the model once for each adapter"
+            )
+        yield
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its pools."""
         super().delete_adapter(adapter_name)
@@ -214,7 +231,8 @@ class RaSAModel(BaseTuner):
             if not names:
                 continue
             try:
-                layer.merged_weight(names)
+                with onload_layer(layer):
+                    layer.merged_weight(names)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
 

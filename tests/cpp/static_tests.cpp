@@ -1,8 +1,11 @@
 // What the compiler can prove: this file compiles, or a statement below is false. It is never run.
 // It is C++17 without torch, as kernels are, and so shows that the headers they share are too.
+#include <utility>
+
 #include "cuda/gemm_config.h"
 #include "cuda/kernel_args.h"
 #include "cuda/split.h"
+#include "cuda/tile_order.h"
 #include "gemm_problem.h"
 #include "host_device.h"
 #include "philox.h"
@@ -66,15 +69,20 @@ constexpr bool layout_holds() {
   }
   return true;
 }
-static_assert(layout_holds<128, 64>() && layout_holds<40, 64>() && layout_holds<80, 64>(),
-              "shrink: a tile's chunks fill it once, copies and ldmatrix have no bank conflicts");
-static_assert(layout_holds<128, 32>() && layout_holds<160, 32>(), "shrink at 160 ranks");
-static_assert(layout_holds<128, 48>() && layout_holds<48, 128>() && layout_holds<128, 80>() &&
-                  layout_holds<80, 128>(),
-              "expand and merge");
-static_assert(layout_holds<64, 48>() && layout_holds<64, 128>() && layout_holds<64, 80>() &&
-                  layout_holds<32, 160>() && layout_holds<32, 128>(),
-              "wgrad");
+template <int kId>
+constexpr bool layouts_hold() {
+  constexpr TileConfig c = tile_config(static_cast<ConfigId>(kId));
+  constexpr int A_rows = c.A_rows_are_k() ? c.block_k : c.block_m;
+  constexpr int B_rows = c.B_rows_are_k() ? c.block_k : c.block_n;
+  return layout_holds<A_rows, c.block_m * c.block_k / A_rows>() &&
+         layout_holds<B_rows, c.block_n * c.block_k / B_rows>();
+}
+template <int... kIds>
+constexpr bool all_layouts_hold(std::integer_sequence<int, kIds...>) {
+  return (layouts_hold<kIds>() && ...);
+}
+static_assert(all_layouts_hold(std::make_integer_sequence<int, kNumConfigs>()),
+              "a tile's chunks fill it once, copies and ldmatrix have no bank conflicts");
 
 // Lanes 8i to 8i + 7 address matrix i, rows in order; the four matrices are the corners of 16 × 16.
 constexpr bool fragments_hold() {
@@ -100,6 +108,36 @@ constexpr bool schedule_holds(Layout layout, int tiles_m, int tiles_n) {
 static_assert(schedule_holds(Layout::kNT, 7, 3) && schedule_holds(Layout::kNN, 7, 3) &&
                   schedule_holds(Layout::kTN, 1, 8) && schedule_holds(Layout::kTN, 8, 8),
               "every tile is computed once");
+
+// Blocks that walk over the tiles of a problem: each tile once, in order; where a tile needs
+// another panel than the one before, it is its block's first or the first of its column.
+constexpr bool walk_holds(int tiles_m, int tiles_n, int num_blocks) {
+  const int num_tiles = tiles_m * tiles_n;
+  int next = 0;
+  for (int block = 0; block < num_blocks; ++block) {
+    const TileRange range = tile_range(num_tiles, num_blocks, block);
+    if (range.first != next || range.end <= range.first) return false;
+    if (range.end - range.first > ceil_div(num_tiles, num_blocks)) return false;
+    for (int tile = range.first + 1; tile < range.end; ++tile) {
+      const TileCoord before = tile_coord(Layout::kNN, tile - 1, tiles_m, tiles_n);
+      const TileCoord c = tile_coord(Layout::kNN, tile, tiles_m, tiles_n);
+      if ((c.n != before.n) != (c.m == 0)) return false;
+    }
+    next = range.end;
+  }
+  return next == num_tiles;
+}
+constexpr bool walks_hold() {
+  for (int tiles_m = 1; tiles_m <= 7; ++tiles_m) {
+    for (int tiles_n = 1; tiles_n <= 6; ++tiles_n) {
+      for (int blocks = 1; blocks <= tiles_m * tiles_n; ++blocks) {
+        if (!walk_holds(tiles_m, tiles_n, blocks)) return false;
+      }
+    }
+  }
+  return true;
+}
+static_assert(walks_hold(), "a walk covers every tile once and loads each panel it needs");
 
 // Segments of the given numbers of k blocks, split every way.
 constexpr bool splits_hold(int first, int second, int third) {
@@ -143,12 +181,12 @@ static_assert(split_range(0, kUnsplit, 0, 5).end == 5 && split_range(0, kUnsplit
 
 // Splits of M × N with a reduction over K, on a GPU of 132 SMs.
 constexpr int splits_of(Layout layout, int64_t M, int64_t N, int64_t K) {
-  const ConfigId id = select_config(layout, M, N, K, false);
+  const ConfigId id = select_config({layout, M, N, K, 1, false, false, false}, kLargeSmemBytes);
   const TileConfig tile = tile_config(id);
   const SplitWork work = {ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n),
                           static_cast<int32_t>(ceil_div(K, tile.block_k))};
   const int64_t slots = 132 * blocks_per_sm(id, false);
-  return num_splits(work.num_k, choose_k_per_split(&work, 1, tile, {132}, slots));
+  return num_splits(work.num_k, choose_k_per_split(&work, 1, tile, {132, kLargeSmemBytes}, slots));
 }
 static_assert(splits_of(Layout::kNT, 512, 40, 576) == 1 &&
                   splits_of(Layout::kTN, 39, 576, 512) == 1,
@@ -164,26 +202,64 @@ static_assert(splits_of(Layout::kNT, 4096, 40, 4096) > 1 &&
 
 constexpr bool configs_hold() {
   for (int id = 0; id < kNumConfigs; ++id) {
-    if (!config_is_sound(tile_config(static_cast<ConfigId>(id)))) return false;
+    if (!config_is_sound(static_cast<ConfigId>(id))) return false;
   }
   return true;
 }
-static_assert(configs_hold(), "every config fits the shared memory of every architecture");
+static_assert(configs_hold(), "every config fits the shared memory it is chosen for");
 
-static_assert(arg_bytes(select_config(Layout::kNT, 4096, 40, 4096, false)) == kSmallArgBytes &&
-                  arg_bytes(select_config(Layout::kNN, 4096, 4096, 156, false)) == kSmallArgBytes &&
-                  arg_bytes(select_config(Layout::kTN, 156, 4096, 4096, false)) == kSmallArgBytes &&
+// What the kernel of a config takes for granted, for problems of every form and size.
+constexpr bool choice_holds(const ProblemShape& p, int smem_bytes) {
+  const ConfigId id = select_config(p, smem_bytes);
+  const TileConfig c = tile_config(id);
+  return c.layout == p.layout && c.smem_bytes() <= smem_bytes && is_for(id, smem_bytes) &&
+         c.scales_segments == p.scales_segments &&
+         (!c.walks || (p.num_segments == 1 && p.max_K <= c.block_k)) &&
+         !(is_merge(id) && p.has_row_dot) && (!p.has_dropout || has_dropout_kernel(id));
+}
+constexpr bool choices_hold() {
+  const int64_t sizes[] = {1, 48, 80, 96, 128, 160, 161, 4096};
+  for (const Layout layout : {Layout::kNN, Layout::kNT, Layout::kTN}) {
+    for (const int64_t M : sizes) {
+      for (const int64_t N : sizes) {
+        for (const int64_t K : {0, 48, 80, 81, 161}) {
+          for (int bits = 0; bits < 16; ++bits) {
+            const ProblemShape p = {layout,          M,        N, K, 1 + bits % 2, bits % 4 == 3,
+                                    (bits & 4) != 0, bits >= 8};
+            if (!choice_holds(p, kSmallSmemBytes) || !choice_holds(p, kLargeSmemBytes)) {
+              return false;
+            }
+          }
+        }
+      }
+    }
+  }
+  return true;
+}
+static_assert(choices_hold(), "a chosen config fits the GPU and the problem");
+
+constexpr int arg_bytes_of(Layout layout, int64_t M, int64_t N, int64_t K, bool scales_segments) {
+  const ProblemShape p = {layout, M, N, K, scales_segments ? 2 : 1, scales_segments, false, false};
+  return arg_bytes(select_config(p, kLargeSmemBytes));
+}
+static_assert(arg_bytes_of(Layout::kNT, 4096, 40, 4096, false) == kSmallArgBytes &&
+                  arg_bytes_of(Layout::kNN, 4096, 4096, 156, false) == kSmallArgBytes &&
+                  arg_bytes_of(Layout::kTN, 156, 4096, 4096, false) == kSmallArgBytes &&
                   arg_bytes(ConfigId::kReduce) == kSmallArgBytes,
               "a training step's launches copy few arguments");
-static_assert(arg_bytes(select_config(Layout::kTN, 4096, 4096, 40, false)) == kLargeArgBytes &&
-                  arg_bytes(select_config(Layout::kTN, 128, 4096, 64, true)) == kLargeArgBytes,
+static_assert(arg_bytes_of(Layout::kTN, 4096, 4096, 40, false) == kLargeArgBytes &&
+                  arg_bytes_of(Layout::kTN, 128, 4096, 64, true) == kLargeArgBytes,
               "merges and pools of all layers share a launch");
 
 constexpr bool rank_fits_one_tile(int64_t R) {
-  const TileConfig shrink = tile_config(select_config(Layout::kNT, 4096, R, 4096, false));
-  const TileConfig wgrad = tile_config(select_config(Layout::kTN, R, 4096, 4096, false));
-  return shrink.layout == Layout::kNT && shrink.block_n >= R && wgrad.layout == Layout::kTN &&
-         wgrad.block_m >= R;
+  for (const int64_t long_axis : {128, 4096}) {
+    const TileConfig shrink = tile_config(
+        select_config({Layout::kNT, long_axis, R, 4096, 1, false, false, false}, kSmallSmemBytes));
+    const TileConfig wgrad = tile_config(
+        select_config({Layout::kTN, R, long_axis, 4096, 1, false, false, false}, kSmallSmemBytes));
+    if (shrink.block_n < R || wgrad.block_m < R) return false;
+  }
+  return true;
 }
 static_assert(rank_fits_one_tile(7) && rank_fits_one_tile(39) && rank_fits_one_tile(40) &&
                   rank_fits_one_tile(78) && rank_fits_one_tile(156),

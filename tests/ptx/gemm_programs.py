@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ptx.planned_gemm import Device, ProblemCase, SegmentCase
+from ptx.planned_gemm import LARGE_SMEM, SMALL_SMEM, Device, ProblemCase, SegmentCase
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SPLITTING = Device(num_sms=7, reduce_launch=0)
@@ -206,6 +206,33 @@ def _segments() -> list[Group]:
     ]
 
 
+def _walks(R: int, dtype: torch.dtype, smem_bytes: int = LARGE_SMEM) -> list[Group]:
+    """Several tiles and columns to a block, in problems of two shapes."""
+    name = f"walk-R{R}-{NAMES[dtype]}-{smem_bytes // 1024}KiB"
+    shapes = ((300, 264), (136, 200))
+
+    def expands() -> list[ProblemCase]:
+        return [expand(Maker(dtype), M, N, R) for M, N in shapes]
+
+    def merges() -> list[ProblemCase]:
+        return [merge(Maker(dtype), N, K, R) for N, K in ((300, 264), (200, 136))]
+
+    types = (dtype, dtype, Device(smem_bytes=smem_bytes))
+    return [
+        Group(f"expand-{name}", "NN", expands, *types),
+        Group(f"expand-drop-{name}", "NN", lambda: [dropped(c) for c in expands()], *types),
+        Group(f"merge-{name}", "TN", merges, *types),
+    ]
+
+
+def _wide_sums(dtype: torch.dtype) -> list[ProblemCase]:
+    """A merge of two deltas at once, and a wgrad of few features: tiles of their own."""
+    m = Maker(dtype)
+    first, second = merge(m, 200, 136, 39), merge(m, 200, 136, 14)
+    both = replace(first, segments=[*first.segments, *second.segments])
+    return [both, wgrad(m, 70, 72, 156, (True, True))]
+
+
 def _pool(rows: int, layers: int, dtype: torch.dtype) -> list[ProblemCase]:
     """dA_shared += Σ_layers d ∘ gᵀ · dropped x: a seed and gates for each layer, into fp32."""
     m = Maker(dtype, F32)
@@ -320,6 +347,25 @@ GROUPS: list[Group] = [
     Group("pool-32-layers-f16", "TN", lambda: _pool(64, 32, F16), F16, F32),
     Group("TN-continued", "TN", lambda: _continued(Maker(), "TN")),
     Group("NN-continued", "NN", lambda: _continued(Maker(), "NN")),
+    *_walks(39, BF16),
+    *_walks(78, F16),
+    *(g for dtype in (BF16, F16) for s in (SMALL_SMEM, LARGE_SMEM) for g in _walks(156, dtype, s)),
+    Group("wide-sums", "TN", lambda: _wide_sums(BF16)),
+    Group("wide-sums-f16", "TN", lambda: _wide_sums(F16), F16, F16),
+    *_forms("R156-tall", 156, 300, 328, Maker),
+    *_forms("R156-tall-f16", 156, 264, 136, lambda: Maker(F16)),
+    *_forms("R156-f32-adapter", 156, 136, 136, lambda: Maker(BF16, F32)),
+    Group("shrink-drop-tall", "NT", lambda: [dropped(shrink(Maker(), 264, 72, 156))]),
+    Group(
+        "shrink-drop-tall-f16", "NT", lambda: [dropped(shrink(Maker(F16), 264, 72, 156))], F16, F16
+    ),
+    Group(
+        "wgrad-drop-R156-f16",
+        "TN",
+        lambda: [dropped(wgrad(Maker(F16), 100, 264, 156, (True, True)))],
+        F16,
+        F16,
+    ),
     *_row_dots(),
     *_splits(39, 520, 392, BF16, drops=True),
     *_splits(37, 520, 392, F16, drops=False),

@@ -13,7 +13,8 @@ extern "C" {
 // The number of launches of the program's only group, -1 on an error.
 int plan_group(int layout, int dtype, int scale_dtype, const rasa::Problem* problems,
                int num_problems, const rasa::Segment* segments, int num_segments,
-               const rasa::Block* blocks, int num_blocks, int num_sms, double reduce_launch) {
+               const rasa::Block* blocks, int num_blocks, int num_sms, int smem_bytes,
+               double reduce_launch) {
   rasa::Program program = {static_cast<rasa::DType>(dtype),
                            static_cast<rasa::DType>(scale_dtype),
                            {{static_cast<rasa::Layout>(layout), 0, num_problems}},
@@ -21,7 +22,7 @@ int plan_group(int layout, int dtype, int scale_dtype, const rasa::Problem* prob
                            {segments, segments + num_segments},
                            {blocks, blocks + num_blocks}};
   try {
-    group_plan = rasa::cuda::plan(program, program.groups[0], {num_sms, reduce_launch});
+    group_plan = rasa::cuda::plan(program, program.groups[0], {num_sms, smem_bytes, reduce_launch});
   } catch (const std::exception& error) {
     std::snprintf(message, sizeof(message), "%s", error.what());
     return -1;
@@ -44,6 +45,27 @@ void launch_shape(int i, int* out) {
 }
 
 int64_t workspace_bytes() { return group_plan.workspace_bytes; }
+
+int num_configs() { return rasa::cuda::kNumConfigs; }
+
+// out: layout, block_m, block_n, block_k, warps_m, warps_n, stages, walks, scales_segments,
+// smem_bytes, has_dropout_kernel
+void config_shape(int id, int* out) {
+  const auto config = static_cast<rasa::cuda::ConfigId>(id);
+  const rasa::cuda::TileConfig c = rasa::cuda::tile_config(config);
+  const int values[] = {static_cast<int>(c.layout),
+                        c.block_m,
+                        c.block_n,
+                        c.block_k,
+                        c.warps_m,
+                        c.warps_n,
+                        c.stages,
+                        c.walks,
+                        c.scales_segments,
+                        c.smem_bytes(),
+                        rasa::cuda::has_dropout_kernel(config)};
+  for (int k = 0; k < 11; ++k) out[k] = values[k];
+}
 
 int args_size(int i) { return static_cast<int>(group_plan.launches[i].args.num_bytes()); }
 const void* launch_args(int i) { return group_plan.launches[i].args.operator->(); }

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import ctypes as C
 import re
-import subprocess
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
 import torch
 from reference import DRAWS, assert_accurate
 from torch import Tensor
 
 from ptx.executor import Buffer, Module, Options, Output, Result
-from ptx.executor.cache import cached_file, digest
+from ptx.plan_library import CSRC, LAYOUTS, configs, plan_library
 from rasa_ext import dropout_mask
 
-ROOT = Path(__file__).resolve().parents[2]
-SHIM = ROOT / "tests" / "ptx" / "plan_shim.cpp"
-CSRC = ROOT / "csrc"
 KERNELS = CSRC / "cuda" / "grouped_gemm.cu"
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-LAYOUTS = {"NN": 0, "NT": 1, "TN": 2}
 NUM_SMS = 3
-REDUCE = 12  # ConfigId::kReduce
+SMALL_SMEM, LARGE_SMEM = 99 * 1024, 163 * 1024  # of sm_86, 89, 120; of sm_80
 
 
 class Block(C.Structure):
@@ -99,26 +92,12 @@ class ProblemCase:
         return round(self.p * DRAWS)
 
 
-@cache
-def _shim() -> C.CDLL:
-    sources = [SHIM, *sorted(CSRC.glob("*.h")), *sorted((CSRC / "cuda").glob("*.h"))]
-
-    def build(path: Path) -> None:
-        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{CSRC}"]
-        subprocess.run(["g++", *flags, str(SHIM), "-o", str(path)], check=True)
-
-    library = C.CDLL(str(cached_file(f"plan.{digest(*map(Path.read_bytes, sources))}.so", build)))
-    library.plan_error.restype = C.c_char_p
-    library.launch_args.restype = C.c_void_p
-    library.workspace_bytes.restype = C.c_int64
-    return library
-
-
 @dataclass(frozen=True)
 class Device:
     """rasa::cuda::DeviceInfo. A launch that costs nothing makes plans split short reductions."""
 
     num_sms: int = NUM_SMS
+    smem_bytes: int = LARGE_SMEM
     reduce_launch: float = 8.0
 
 
@@ -163,25 +142,26 @@ class Planned:
         lists = [(Problem * len(rows))(*rows), (Segment * len(segments))(*segments)]
         lists.append((Block * len(self._blocks))(*self._blocks))
         sized = [x for array in lists for x in (array, len(array))]
-        count = _shim().plan_group(
+        count = plan_library().plan_group(
             LAYOUTS[layout],
             DTYPES[dtype],
             DTYPES[scale_dtype],
             *sized,
             device.num_sms,
+            device.smem_bytes,
             C.c_double(device.reduce_launch),
         )
         if count < 0:
-            raise ValueError(_shim().plan_error().decode())
-        self.workspace_bytes = int(_shim().workspace_bytes())
+            raise ValueError(plan_library().plan_error().decode())
+        self.workspace_bytes = int(plan_library().workspace_bytes())
         self._workspace = Buffer(torch.full((max(self.workspace_bytes, 1),), 0xFF).byte())
         self.launches = [self._launch(i) for i in range(count)]
 
     def _launch(self, i: int) -> Launch:
         shape = (C.c_int * 6)()
-        _shim().launch_shape(i, shape)
+        plan_library().launch_shape(i, shape)
         config, has_dropout, grid, threads, smem, num_problems = shape
-        args = C.string_at(_shim().launch_args(i), _shim().args_size(i))
+        args = C.string_at(plan_library().launch_args(i), plan_library().args_size(i))
         args = self._workspace.at(0).to_bytes(8, "little") + args[8:]  # the pointer comes first
         return Launch(config, bool(has_dropout), grid, threads, smem, num_problems, args)
 
@@ -251,7 +231,7 @@ def kernel_name(module: Module, launch: Launch, dtype: torch.dtype) -> str:
     """The instantiation that a launch names."""
     element = "13__nv_bfloat16" if dtype is torch.bfloat16 else "6__half"
     pattern = rf"ConfigIdE{launch.config}E{element}Lb{int(launch.has_dropout)}E"
-    if launch.config == REDUCE:
+    if launch.config == len(configs()):
         pattern = rf"reduce_partialsI{element}E"
     (name,) = (n for n in module.entries if re.search(pattern, n))
     return name

@@ -1,0 +1,212 @@
+"""Count what the CUDA kernels ask of memory and of the tensor cores, on a machine without a GPU.
+
+    python benchmarks/kernel_counters.py                  # all rows, and the SASS of the main loops
+    python benchmarks/kernel_counters.py --only walks     # one group of rows, printed alone
+
+Kernels are planned by csrc/cuda/plan.h, compiled by nvcc and run by the PTX executor of tests/ptx.
+Nothing here is a time. A row of results/kernels_ptx.json says for one launch group
+
+    traffic_ratio         different sectors of global memory over the compulsory bytes, those of
+                          operands, weights included, and result, each once: what DRAM must deliver
+    l2_ratio              sectors of every access over the compulsory bytes: what L2 must deliver
+    bank_conflict_factor  of the main loop's copies and ldmatrix; 1.0 is none
+    instructions_per_mma  PTX instructions of a warp per mma that one more tile of the main loop
+                          costs: of tokens or features in shrink and wgrad, of rows in a walk
+
+and results/kernels_sass.json what the loop of each kernel is after ptxas. How often a walk loads
+its panel depends on the tiles of a block: M = 512 on 16 SMs has as many as M = 4224 on 132.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import RESULTS, table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from ptx.executor import Counters, Module, Options, compile_ptx
+from ptx.executor.counters import counter_row
+from ptx.gemm_programs import Maker, expand, merge, shrink, wgrad
+from ptx.kernel_source import compile_kernels
+from ptx.machine_code import KernelName, cuobjdump, parse_loops
+from ptx.plan_library import CSRC, configs
+from ptx.planned_gemm import KERNELS, LARGE_SMEM, SMALL_SMEM, Device, Planned, ProblemCase
+
+UNSPLIT = 1e9  # a reduce launch that costs this is never worth it
+FEATURES, RANKS = (576, 1536, 2048, 4096), (37, 39, 78, 156)
+FORMS: dict[str, tuple[str, Callable[[Maker, int, int, int], ProblemCase]]] = {
+    "shrink": ("NT", shrink),
+    "expand": ("NN", expand),
+    "wgrad": ("TN", lambda m, M, N, R: wgrad(m, M, N, R, (True, True))),
+    "merge": ("TN", merge),
+}
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch group: M tokens (rows of W in a merge), and `features` of the other axis."""
+
+    group: str
+    form: str
+    M: int
+    features: int
+    R: int
+    device: Device
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        """As in `expand 512x4096 R=39`."""
+        return f"{self.form} {self.M}x{self.features} R={self.R}"
+
+
+def cases() -> Iterator[Case]:
+    """All rows: see the keys for what a group is for."""
+    small = Device(16, LARGE_SMEM, UNSPLIT)
+    for form in FORMS:
+        for R in RANKS:
+            for features in FEATURES:
+                yield Case("shapes", form, 512, features, R, small)
+        for R in (39, 156):
+            for features in (576, 4096):
+                yield Case("f16", form, 512, features, R, small, "f16")
+    whole = Device(132, LARGE_SMEM, UNSPLIT)
+    for form in ("expand", "merge"):
+        for features in FEATURES:
+            yield Case("99 KiB", form, 512, features, 156, replace(small, smem_bytes=SMALL_SMEM))
+        for M in (512, 1024, 2048):
+            yield Case("132 SMs", form, M, 4096, 156, whole)
+    for form in ("shrink", "wgrad"):
+        for R in (39, 156):
+            yield Case("132 SMs", form, 2048, 4096, R, whole)
+            yield Case("split", form, 2048, 4096, R, Device(132, LARGE_SMEM))
+
+
+def run(module: Module, case: Case) -> tuple[Planned, Counters, int]:
+    """Plan and count; the launches of a split are added up. Returns the compulsory bytes, too."""
+    layout, make = FORMS[case.form]
+    dtype = DTYPES[case.dtype]
+    problem = make(Maker(dtype), case.M, case.features, case.R)
+    planned = Planned(layout, dtype, [problem], dtype, case.device)
+    options = Options(check_races=False, poison=False, time_limit=600)
+    total: Counters | None = None
+    for result in planned.run(module, options):
+        if not result.ok:
+            raise SystemExit(f"{case.name}: {result.report()}")
+        total = result.counters if total is None else added(total, result.counters)
+    assert total is not None
+    operands = [t for s in problem.segments for t in (*s.A, *s.B)] + problem.C_in
+    operands += [t for t in problem.C if isinstance(t, torch.Tensor)]
+    return planned, total, sum(t.numel() * t.element_size() for t in operands)
+
+
+def added(first: Counters, second: Counters) -> Counters:
+    """Both launches: a sector that both touch is counted twice, as if no cache held it."""
+    for mine, other in zip(first.traffic(), second.traffic(), strict=True):
+        mine.sectors += other.sectors
+        mine.unique_sectors += other.unique_sectors
+    first.warp_instructions += second.warp_instructions
+    return first
+
+
+def loop_instructions_per_mma(module: Module, case: Case) -> float:
+    """What one more stretch of the main loop costs: all else is the same in both runs."""
+    longer = {"shrink": (256, 1024), "wgrad": (1024, 256)}.get(case.form, (1024, 256))
+    shorter = {"shrink": (256, 512), "wgrad": (512, 256)}.get(case.form, (512, 256))
+    one_block = replace(case.device, num_sms=1)
+    counts = []
+    for M, features in (shorter, longer):
+        sized = replace(case, M=M, features=features, device=one_block)
+        counters = run(module, sized)[1]
+        mma = sum(n for op, n in counters.opcodes.items() if op.startswith("mma."))
+        counts.append((counters.warp_instructions, mma))
+    return (counts[1][0] - counts[0][0]) / (counts[1][1] - counts[0][1])
+
+
+def measure(module: Module, case: Case, per_mma: dict[Any, float]) -> dict[str, Any]:
+    """One row."""
+    planned, counters, compulsory = run(module, case)
+    config = configs()[planned.launches[0].config]
+    key = (config.id, case.dtype, case.R)
+    if key not in per_mma:
+        per_mma[key] = loop_instructions_per_mma(module, case)
+    row = counter_row(case.name, counters, compulsory)
+    loop = [counters.shared[kind] for kind in ("ldmatrix", "cp.async") if kind in counters.shared]
+    M, N = (case.R if case.form == "wgrad" else case.M), case.features
+    N = case.R + -case.R % 8 if case.form == "shrink" else N
+    splits = planned.workspace_bytes // (4 * M * (N + -N % 4)) or 1
+    return {
+        "case": case.name,
+        "group": case.group,
+        "form": case.form,
+        "dtype": case.dtype,
+        "M": case.M,
+        "K": case.R if case.form in ("expand", "merge") else case.features,
+        "N": case.features,
+        "R": case.R,
+        "num_sms": case.device.num_sms,
+        "smem_kib": case.device.smem_bytes // 1024,
+        "config": str(config),
+        "grid": planned.launches[0].grid,
+        "launches": len(planned.launches),
+        "splits": splits,
+        "workspace_bytes": planned.workspace_bytes,
+        "compulsory_bytes": compulsory,
+        "traffic_ratio": round(row.unique_ratio, 4),
+        "l2_ratio": round(row.l2_ratio, 4),
+        "bank_conflict_factor": sum(s.wavefronts for s in loop)
+        / sum(s.ideal_wavefronts for s in loop),
+        "instructions_per_mma": round(per_mma[key], 2),
+    }
+
+
+def machine_code(*archs: str) -> list[dict[str, Any]]:
+    """The main loop of each bf16 kernel, after ptxas."""
+    kernels = [(c, d) for c in configs() for d in (False, True) if not d or c.has_dropout_kernel]
+    rows = []
+    for loop in parse_loops(cuobjdump("-sass", str(compile_kernels(kernels, *archs)))):
+        name = KernelName.of(loop.kernel)
+        assert name is not None
+        fields = asdict(loop)
+        del fields["kernel"]
+        rows.append({"config": str(name.config), "dropout": name.has_dropout, **fields})
+    return rows
+
+
+def main() -> None:
+    """Count, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="GROUP", help="count one group, and write nothing")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    module = Module(compile_ptx(KERNELS, "sm_80", include=(CSRC,)))
+    per_mma: dict[Any, float] = {}
+    rows = []
+    for case in cases():
+        if args.only in (None, case.group):
+            rows.append(measure(module, case, per_mma))
+    shown = ("dtype", "num_sms", "smem_kib", "config", "grid", "splits")
+    figures = ("traffic_ratio", "l2_ratio", "bank_conflict_factor", "instructions_per_mma")
+    cells = [
+        [row["case"], *(str(row[k]) for k in shown), *(f"{row[k]:.2f}" for k in figures)]
+        for row in rows
+    ]
+    print(table(["case", *shown, *figures], cells))
+    if args.only is None:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(rows, indent=1, ensure_ascii=False)
+        (args.folder / "kernels_ptx.json").write_text(text + "\n")
+        loops = json.dumps(machine_code("sm_80", "sm_90"), indent=1, ensure_ascii=False)
+        (args.folder / "kernels_sass.json").write_text(loops + "\n")
+
+
+if __name__ == "__main__":
+    main()
