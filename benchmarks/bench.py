@@ -206,6 +206,7 @@ def main() -> None:
         default=None,
         help="default: the four linears of SmolLM2-135M at 512 tokens",
     )
+    single.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     single.add_argument("--layers", type=int, default=30, help="layers that share the pool")
     single.add_argument("--rounds", type=int, default=15)
     single.add_argument("--json", type=Path, default=None)
@@ -219,12 +220,13 @@ def main() -> None:
     whole.add_argument("--layers", type=int, help="another number of layers")
     whole.add_argument("--rounds", type=int, default=9)
     whole.add_argument("--json", type=Path, help="default: a file of this machine in results/")
-    whole.set_defaults(run=run_step)
+    whole.set_defaults(run=run_step, device="cpu")
 
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.run(args)
+    with torch.device(args.device):
+        args.run(args)
 
 
 if __name__ == "__main__":

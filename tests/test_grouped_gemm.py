@@ -10,6 +10,9 @@ from torch import Tensor
 
 from rasa_ext import grouped_gemm
 
+pytestmark = pytest.mark.usefixtures("device")
+
+
 # (M, N, [K of each segment])
 PROBLEMS = [
     (130, 70, [96]),
