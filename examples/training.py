@@ -71,9 +71,10 @@ def train(
             torch.manual_seed((args.seed << 32) + run.step * workers.size + workers.rank)
             loss, tokens = add_gradients(engine, data, run.step, workers, args.accumulate)
             optimizer.step()
-            if run.allocator is not None and run.allocator.step():
-                engine = workers.wrapped(model)  # it keeps buffers of the old ranks
+            ranks_moved = run.allocator is not None and run.allocator.step()
             optimizer.zero_grad(set_to_none=True)
+            if ranks_moved:  # an engine keeps buffers of the old sizes
+                engine = workers.wrapped(model).train()
             run.losses.append(loss)
             run.step += 1
             if run.step % args.save_every == 0 and workers.is_first:
