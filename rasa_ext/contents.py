@@ -21,12 +21,13 @@ def expected_of_layers(root: nn.Module) -> Expected:
     for name, module in root.named_modules():
         prefix = clean_name(f"{name}.").removeprefix(".")
         if isinstance(module, SharedPool):
-            K, N, Rs = module.in_features, module.out_features, module.k * module.num_layers
-            expected |= _of_pool(prefix, K, N, Rs, module.A_shared.dtype)
+            K, N = module.in_features, module.out_features
+            expected |= _of_pool(prefix, K, N, module.Rs, module.A_shared.dtype)
         elif isinstance(module, RaSALinear):
             K, N, pool = module.in_features, module.out_features, module.pool
-            Rs = 0 if pool is None else pool.k * pool.num_layers
-            expected |= _of_layer(prefix, K, N, module.r - module.k, Rs, module.A.dtype)
+            Rs = 0 if pool is None else pool.Rs
+            gate = _gate_name(module.gates, module.k)
+            expected |= _of_layer(prefix, K, N, module.Rp, Rs, gate, module.A.dtype)
     return expected
 
 
@@ -35,11 +36,11 @@ def expected_of_plan(op: str, groups: list[Group], config: Config) -> Expected:
     expected: Expected = {}
     for group in groups:
         K, N = features(group.modules[0]) or (0, 0)
-        Rs = config.k * len(group.modules)
+        Rs, gate = config.Rs_of(group), _gate_name(config.gates, config.k)
         for names, module in zip(group.names, group.modules, strict=True):
             dtype = adapter_dtype(op, module, config.dtype)
-            prefix = f"{clean_name(names[0])}."
-            expected |= _of_layer(prefix, K, N, config.r - config.k, Rs, dtype)
+            name = clean_name(names[0])
+            expected |= _of_layer(f"{name}.", K, N, config.Rp_of(name), Rs, gate, dtype)
         if config.k > 0:
             dtype = adapter_dtype(op, group.modules[0], config.dtype)
             expected |= _of_pool(f"rasa_pools.{group.name}.", K, N, Rs, dtype)
@@ -53,13 +54,20 @@ def _of_pool(prefix: str, K: int, N: int, Rs: int, dtype: torch.dtype) -> Expect
     }
 
 
-def _of_layer(prefix: str, K: int, N: int, Rp: int, Rs: int, dtype: torch.dtype) -> Expected:
+def _gate_name(gates: bool, k: int) -> str | None:
+    """Return which of c and d is trained; without gates, k = 0 has a constant d."""
+    return "c" if gates else "d" if k > 0 else None
+
+
+def _of_layer(
+    prefix: str, K: int, N: int, Rp: int, Rs: int, gate: str | None, dtype: torch.dtype
+) -> Expected:
     expected: Expected = {
         f"{prefix}A": ("(Rp, K)", [Rp, K], dtype),
         f"{prefix}Bt": ("(Rp, N)", [Rp, N], dtype),
     }
-    if Rs > 0:
-        expected[f"{prefix}d"] = ("(Rs + Rp)", [Rs + Rp], dtype)
+    if gate is not None:
+        expected[f"{prefix}{gate}"] = ("(Rs + Rp)", [Rs + Rp], dtype)
     return expected
 
 

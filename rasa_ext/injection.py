@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rasa_ext.base_layer import adapter_dtype, check_config, device_of, features
 from rasa_ext.module import RaSALinear, SharedPool
+from rasa_ext.rank_edits import resize
 from rasa_ext.sharding import refuse_partitioned
 from rasa_ext.siblings import link_all
 
@@ -23,7 +25,10 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """One group of layers: the linears of one kind and shape, which share a pool when k > 0."""
+    """One group of layers: the linears of one kind and shape, which share a pool when k > 0.
+
+    Rp is the largest of the layers, Rp_min the smallest.
+    """
 
     name: str
     num_layers: int
@@ -32,11 +37,19 @@ class GroupSummary:
     Rp: int
     Rs: int
     trainable: int
+    Rp_min: int
 
     @property
     def R(self) -> int:
-        """Effective rank of each layer's update: its own ranks and the whole pool's."""
+        """Effective rank of the largest update: the layer's own ranks and the whole pool's."""
         return self.Rp + self.Rs
+
+    @property
+    def ranks(self) -> str:
+        """R = Rs + Rp in numbers, from the smallest layer's to the largest one's."""
+        if self.Rp_min == self.Rp:
+            return f"{self.R} = {self.Rs} + {self.Rp}"
+        return f"{self.Rs + self.Rp_min}..{self.R} = {self.Rs} + {self.Rp_min}..{self.Rp}"
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class Summary:
                 g.name,
                 str(g.num_layers),
                 f"({g.out_features}, {g.in_features})",
-                f"{g.R} = {g.Rs} + {g.Rp}",
+                g.ranks,
                 f"{g.trainable:,}",
             )
             for g in self.groups
@@ -69,7 +82,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Config:
-    """The arguments of apply()."""
+    """The arguments of apply(), and the ranks since."""
 
     r: int
     k: int
@@ -78,6 +91,24 @@ class Config:
     dropout: float
     dtype: torch.dtype | None = None
     siblings: bool = True
+    gates: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    # Where a RankAllocator has changed them: ranks by layer and by group.
+    private_ranks: Mapping[str, int] = field(default_factory=dict)
+    shared_ranks: Mapping[str, int] = field(default_factory=dict)
+
+    def Rp_of(self, name: str) -> int:
+        """Return the number of ranks of its own that a layer has."""
+        return self.private_ranks.get(name, self.r_of(name) - self.k)
+
+    def Rs_of(self, group: Group) -> int:
+        """Return the number of ranks that a group's pool has."""
+        return self.shared_ranks.get(group.name, self.k * len(group.modules))
+
+    def r_of(self, name: str) -> int:
+        """Return the r of a layer: of the longest pattern that its name ends with, else r."""
+        fitting = [end for end in self.rank_pattern if f".{name}".endswith(f".{end}")]
+        return self.rank_pattern[max(fitting, key=len)] if fitting else self.r
 
 
 @dataclass(frozen=True)
@@ -120,6 +151,8 @@ def apply(
     target_modules: str | Iterable[str] = TARGET_MODULES,
     dropout: float = 0.0,
     *,
+    gates: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
     dtype: torch.dtype | None = None,
     siblings: bool = True,
 ) -> Summary:
@@ -137,6 +170,10 @@ def apply(
     called in turn with the same tensor they are computed by one op and share one dropout mask (see
     link_siblings, which links others). siblings=False leaves every layer on its own.
 
+    gates=True trains d as alpha / r (with pools, the values of RaSALinear) times gates c that start
+    at 1, for a RankAllocator. rank_pattern gives layers another r, and so another alpha / r, by
+    their names or ends of names; the longest end that fits counts, and each must fit a layer.
+
     Semantics: the model computes what it did before, since Bt and Bt_shared start at zero.
 
     Raises ValueError for r, k, alpha, dropout or dtype out of range, for a target that does not
@@ -146,30 +183,35 @@ def apply(
     not linear-like. The model is then as it was.
     """
     targets = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    config = Config(r, k, alpha, targets, dropout, dtype, siblings)
+    config = Config(r, k, alpha, targets, dropout, dtype, siblings, gates, dict(rank_pattern or {}))
     root = unwrapped(model)
     return inject(root, plan(root, config), config)
 
 
 def inject(root: nn.Module, groups: list[Group], config: Config) -> Summary:
     """Build the adapters of a plan, then freeze the model and put them in."""
-    r, k, alpha = config.r, config.k, config.alpha
-    dropout, dtype = config.dropout, config.dtype
-    pools = nn.ModuleDict()
+    k, alpha, dropout = config.k, config.alpha, config.dropout
+    options: dict[str, Any] = {"gates": config.gates, "dtype": config.dtype}
+    pools: dict[str, SharedPool] = {}
     layers: list[tuple[tuple[str, ...], RaSALinear]] = []
     for group in groups:
         pool = _pool_of(group, config) if config.k > 0 else None
         if pool is not None:
             pools[group.name] = pool
         for names, module in zip(group.names, group.modules, strict=True):
-            layers.append((names, RaSALinear(module, pool, r, k, alpha, dropout, dtype=dtype)))
+            r = config.r_of(clean_name(names[0]))
+            layers.append((names, RaSALinear(module, pool, r, k, alpha, dropout, **options)))
+    if config.private_ranks or config.shared_ranks:
+        Rs = {pools[group.name]: config.Rs_of(group) for group in groups if group.name in pools}
+        Rp = [config.Rp_of(clean_name(names[0])) for names, _ in layers]
+        resize([layer for _, layer in layers], Rp, Rs)
     root.requires_grad_(False)
     for names, layer in layers:
         for name in names:
             parent, _, leaf = name.rpartition(".")
             setattr(root.get_submodule(parent), leaf, layer)
     if len(pools) > 0:
-        root.rasa_pools = pools
+        root.rasa_pools = nn.ModuleDict(pools)
     if config.siblings:
         link_all(root)
     return summarize(root)
@@ -194,19 +236,20 @@ def summarize(model: nn.Module) -> Summary:
     groups = []
     for group in members.values():
         name, layer = group[0]
-        tensors = {id(p): p for _, member in group for p in (member.A, member.Bt, member.d)}
+        own = [p for _, member in group for p in member.parameters(recurse=False)]
+        tensors = {id(p): p for p in own}
         if layer.pool is not None:
             tensors |= {id(p): p for p in layer.pool.parameters()}
-        Rp = layer.r - layer.k
         groups.append(
             GroupSummary(
                 name,
                 len(group),
                 layer.in_features,
                 layer.out_features,
-                Rp,
-                layer.d.numel() - Rp,
+                max(member.Rp for _, member in group),
+                0 if layer.pool is None else layer.pool.Rs,
                 _count(tensors.values()),
+                min(member.Rp for _, member in group),
             )
         )
     parameters = list(root.parameters())
@@ -221,6 +264,8 @@ def plan(root: nn.Module, config: Config) -> list[Group]:
     """Check everything apply() could fail on and return the groups. Changes nothing."""
     check_config("apply", config.r, config.k, config.alpha, config.dropout)
     refuse_partitioned("apply", root)
+    for end, r in config.rank_pattern.items():
+        check_config(f"apply: rank_pattern of {end!r}", r, config.k, config.alpha, config.dropout)
     adapted = next(iter(adapted_layers(root)), None)
     if adapted is not None or hasattr(root, "rasa_pools"):
         where = f"{adapted} is a RaSALinear" if adapted is not None else "it has rasa_pools"
@@ -243,10 +288,23 @@ def plan(root: nn.Module, config: Config) -> list[Group]:
                 f"apply: the layers of group {group_name} share one pool and must have one adapter "
                 f"dtype and device, got {', '.join(sorted(places))}"
             )
-    return [
+    adapted_names = [clean_name(names[0]) for names in names_of.values()]
+    for end in config.rank_pattern:
+        if not any(f".{name}".endswith(f".{end}") for name in adapted_names):
+            raise ValueError(
+                f"apply: rank_pattern must name adapted layers, or ends of their names, got {end!r}"
+            )
+    groups = [
         Group(name, tuple(modules), tuple(tuple(names_of[module]) for module in modules))
         for name, modules in members.items()
     ]
+    for group in groups:
+        if config.Rs_of(group) > config.k * len(group.modules):
+            raise ValueError(
+                f"apply: the pool of {group.name} must have at most k * layers = "
+                f"{config.k * len(group.modules)} ranks, got {config.Rs_of(group)}"
+            )
+    return groups
 
 
 def match(root: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:

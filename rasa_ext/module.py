@@ -17,10 +17,13 @@ from rasa_ext.base_layer import (
     is_transposed,
     must_be_called,
 )
+from rasa_ext.layer_ops import adapters_of, rasa_delta_weights
+from rasa_ext.merging import LayerMerge, merge_layers
 from rasa_ext.ops import rasa_add, rasa_linear
-from rasa_ext.update import delta_weight, init_gates, init_rank_weights, tensor_of
+from rasa_ext.update import init_gates, init_rank_weights, tensor_of
 
 if TYPE_CHECKING:
+    from rasa_ext.deferred import DeferredPoolGradients
     from rasa_ext.siblings import SiblingGroup
 
 _MAX_SEED = 2**63 - 1
@@ -50,6 +53,8 @@ class SharedPool(nn.Module):
 
     A_shared: Tensor
     Bt_shared: Tensor
+    # Who sums the pool's gradients, while deferred_pool_gradients() is active.
+    deferred: DeferredPoolGradients | None = None
 
     def __init__(
         self,
@@ -73,7 +78,8 @@ class SharedPool(nn.Module):
                 raise ValueError(f"SharedPool: {name} must be an integer of at least 1, got {size}")
         self.in_features, self.out_features = in_features, out_features
         self.k, self.num_layers = k, num_layers
-        Rs = k * num_layers
+        # What the pool holds now; a RankAllocator frees ranks that no layer uses.
+        self.Rs = Rs = k * num_layers
         self.A_shared = nn.Parameter(torch.empty(Rs, in_features, dtype=dtype, device=device))
         self.Bt_shared = nn.Parameter(torch.empty(Rs, out_features, dtype=dtype, device=device))
         self.reset_parameters()
@@ -87,6 +93,7 @@ class SharedPool(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"k={self.k}, num_layers={self.num_layers}"
+            + (f", Rs={self.Rs}" if self.Rs != self.k * self.num_layers else "")
         )
 
 
@@ -101,6 +108,8 @@ class RaSALinear(nn.Module):
     Shapes: x (..., K) -> (..., N), 1-D to 4-D; A (Rp, K), Bt (Rp, N), d (Rs + Rp) with the shared
     ranks first, where Rp = r - k and Rs = k * pool.num_layers. k = 0 is plain LoRA: pool is None
     and d = alpha / r is a constant. k = r has no ranks of its own.
+    gates=True trains c (Rs + Rp) instead, with d = gate_scale * c; c starts at 1. A RankAllocator
+    keeps c in [0, 1] and moves ranks: Rp and pool.Rs are of now, r and k of the beginning.
     Saved for backward: x and the (M, R) product with A_all; the dropout mask is drawn again.
     Layers that link_siblings() or apply() linked share the op and the mask when they are called in
     turn with the same x.
@@ -118,6 +127,8 @@ class RaSALinear(nn.Module):
     A: Tensor
     Bt: Tensor
     d: Tensor
+    c: Tensor
+    gate_scale: Tensor
     pool: SharedPool | None
     _no_A_shared: Tensor
     _no_Bt_shared: Tensor
@@ -136,6 +147,7 @@ class RaSALinear(nn.Module):
         alpha: float,
         dropout: float = 0.0,
         *,
+        gates: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         """Wrap base_layer; the adapter takes the pool's dtype and base_layer's device."""
@@ -159,6 +171,7 @@ class RaSALinear(nn.Module):
         options: dict[str, Any] = {"dtype": dtype, "device": device_of(base_layer)}
         self.in_features, self.out_features = K, N
         self.r, self.k, self.alpha, self.dropout = r, k, float(alpha), float(dropout)
+        self.Rp, self.gates = r - k, gates
         self.merged = False
         # Not registered: L aliases of the pool in state_dict() would be L copies on disk, and
         # FSDP could not shard it. A module, not its tensors, so that load_state_dict(assign=True)
@@ -168,14 +181,19 @@ class RaSALinear(nn.Module):
         # Exactly nn.Linear: subclasses may store another weight or compute something else.
         self._is_plain_linear = type(base_layer) is nn.Linear
 
-        Rp, Rs = r - k, 0 if pool is None else pool.k * pool.num_layers
+        Rp, Rs = r - k, 0 if pool is None else pool.Rs
         self.A = nn.Parameter(torch.empty(Rp, K, **options))
         self.Bt = nn.Parameter(torch.empty(Rp, N, **options))
         if pool is None:
             # Constants of plain LoRA: not trained, so not in state_dict() either.
-            self.register_buffer("d", torch.empty(r, **options), persistent=False)
             self.register_buffer("_no_A_shared", torch.empty(0, K, **options), persistent=False)
             self.register_buffer("_no_Bt_shared", torch.empty(0, N, **options), persistent=False)
+        if gates:
+            self.c = nn.Parameter(torch.empty(Rs + Rp, **options))
+            self.register_buffer("gate_scale", torch.empty(Rs + Rp, **options), persistent=False)
+            init_gates(self.gate_scale, Rp, self.alpha)
+        elif pool is None:
+            self.register_buffer("d", torch.empty(r, **options), persistent=False)
         else:
             self.d = nn.Parameter(torch.empty(Rs + Rp, **options))
         # A buffer, so that .to() moves it with the weight; set while merged only.
@@ -196,12 +214,27 @@ class RaSALinear(nn.Module):
             )
 
     def reset_parameters(self) -> None:
-        """Draw A anew, set Bt to zero and d to the authors' values (k = 0: alpha / r).
+        """Draw A anew, set Bt to zero and d to the authors' values (k = 0: alpha / r), gates to 1.
 
         Half of alpha goes to the shared ranks, half to the layer's own: 0.5*alpha/Rs, 0.5*alpha/Rp.
         """
         init_rank_weights(self.A, self.Bt)
-        init_gates(self.d, self.r - self.k, self.alpha)
+        if self.gates:
+            nn.init.ones_(self.c)
+        else:
+            init_gates(self.d, self.r - self.k, self.alpha)
+
+    @property
+    def private_scale(self) -> float:
+        """What d of a rank of the layer's own starts with."""
+        Rp = self.r - self.k
+        return self.alpha / self.r if self.pool is None else 0.5 * self.alpha / max(Rp, 1)
+
+    def __getattr__(self, name: str) -> Any:
+        """Compute d of a gated layer, so that whoever reads d (merge, export) reads the scaled."""
+        if name == "d" and self.__dict__.get("gates", False):
+            return self.gate_scale * tensor_of(self, "c")
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return base_layer(x) plus the update; see the class for the formula.
@@ -209,12 +242,7 @@ class RaSALinear(nn.Module):
         Raises ValueError unless the last size of x is in_features, RuntimeError when called in
         training mode while merged or while the pool's tensors are not gathered.
         """
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
-            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"RaSALinear: x must be a tensor (..., in_features) = [..., {self.in_features}], "
-                f"got {got}"
-            )
+        self.check_input(x)
         base: Any = self._modules["base_layer"]
         if self.merged:
             if self.training:
@@ -230,6 +258,15 @@ class RaSALinear(nn.Module):
             y = self.compute(x, p, self.draw_seed(x, p))
         return y if x.dim() == 2 else y.reshape(x.shape[:-1] + (self.out_features,))
 
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless x is a tensor whose last size is in_features."""
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
+            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"RaSALinear: x must be a tensor (..., in_features) = [..., {self.in_features}], "
+                f"got {got}"
+            )
+
     @property
     def drop_rate(self) -> float:
         """The dropout that acts now."""
@@ -239,9 +276,15 @@ class RaSALinear(nn.Module):
         """Return a seed from torch's generator, so that manual_seed and checkpointing repeat it."""
         return torch.randint(_MAX_SEED, (), device=x.device) if p > 0.0 else None
 
-    def _adapter(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return A, A_shared, Bt, Bt_shared, d."""
-        A, Bt, d = tensor_of(self, "A"), tensor_of(self, "Bt"), tensor_of(self, "d")
+    def fused_base(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return weight and bias of a base layer that an op may compute in its place, else None."""
+        base: Any = self._modules["base_layer"]
+        return fusible(base) if self._is_plain_linear else None
+
+    def _adapter(self, stored: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return A, A_shared, Bt, Bt_shared, and d, or (stored) the c that d is computed from."""
+        d = tensor_of(self, "c" if stored and self.gates else "d")
+        A, Bt = tensor_of(self, "A"), tensor_of(self, "Bt")
         pool = self.pool
         if pool is None:
             return A, self._no_A_shared, Bt, self._no_Bt_shared, d
@@ -256,24 +299,36 @@ class RaSALinear(nn.Module):
 
     def compute(self, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         """Return the output for x as a matrix, with the mask of this seed."""
+        deferred = self.deferred
+        if deferred is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            return deferred.compute(self, x, p, seed)
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         base: Any = self._modules["base_layer"]
-        fused = fusible(base) if self._is_plain_linear else None
+        fused = self.fused_base()
         if fused is not None:
             return rasa_linear(rows, *fused, *self._adapter(), p, seed)
         y = base(x).reshape(-1, self.out_features)
         return rasa_add(rows, y, *self._adapter(), p, seed)
 
-    def operands(self) -> Operands | None:
+    @property
+    def deferred(self) -> DeferredPoolGradients | None:
+        """Who sums the pool's gradients, while deferred_pool_gradients() is active."""
+        return None if self.pool is None else self.pool.deferred
+
+    def operands(self, *, stored: bool = False) -> Operands | None:
         """Return the tensors with which an op can compute this layer in its caller's place.
 
-        None if it cannot: merged, a base that must be called, or hooks, which only a call runs.
+        stored: with the c of a gated layer, which stays the same object, for the d made of it.
+        None if it cannot: merged, a base that must be called, hooks, which only a call runs, or
+        a pool whose gradient this layer leaves to be summed later.
         """
         if self.merged or not self._is_plain_linear or type(self) is not RaSALinear:
             return None
+        if self.deferred is not None:
+            return None
         base: Any = self._modules["base_layer"]
         fused = None if must_be_called(self) else fusible(base)
-        return None if fused is None else Operands(*fused, *self._adapter())
+        return None if fused is None else Operands(*fused, *self._adapter(stored))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled layer, which joins the copy of its siblings' group."""
@@ -292,7 +347,7 @@ class RaSALinear(nn.Module):
         weight = base_weight(self.base_layer)
         if weight is None or self.merged:
             return self.base_layer.weight  # type: ignore[return-value]
-        return self._with_delta(weight)
+        return (weight + self._stored_delta()).to(weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -307,41 +362,28 @@ class RaSALinear(nn.Module):
 
         Shape: (N, K), whatever the base layer's own layout. Differentiable.
         """
-        pool = self.pool
-        A_shared = self._no_A_shared if pool is None else pool.A_shared
-        Bt_shared = self._no_Bt_shared if pool is None else pool.Bt_shared
-        return delta_weight(self.A, A_shared, self.Bt, Bt_shared, self.d)
+        delta = self._stored_delta()
+        return delta.T if is_transposed(self.base_layer) else delta
 
-    def _with_delta(self, weight: Tensor) -> Tensor:
-        """Return weight plus the update in weight's layout, rounded once to weight's dtype."""
-        delta = self.delta_weight()
-        return (weight + (delta.T if is_transposed(self.base_layer) else delta)).to(weight.dtype)
+    def _stored_delta(self) -> Tensor:
+        """Return the update in the layout in which the base layer stores its weight."""
+        return rasa_delta_weights(adapters_of([self], [is_transposed(self.base_layer)]))[0]
 
-    @torch.no_grad()
-    def merge(self) -> None:
+    def merge(
+        self, rounding: str = "nearest", generator: torch.Generator | None = None
+    ) -> LayerMerge:
         """Add the update to the base weight; forward is then the base layer alone.
 
-        The sum is formed in float32 and rounded once. The original weight is kept, for unmerge().
+        The sum is formed in float32 and rounded once, to the nearest or as rasa_ext.merge says of
+        `rounding` and `generator`. The original weight is kept, for unmerge(). Returns the relative
+        error of the update as the weight's dtype holds it.
+
         Raises RuntimeError if merged already, TypeError if the base has no floating-point weight
         to add to, ValueError if the sum would not be finite; the layer is then as it was.
         """
         if self.merged:
             raise RuntimeError("RaSALinear.merge: already merged. Call unmerge() first")
-        weight = base_weight(self.base_layer)
-        if weight is None:
-            raise TypeError(
-                f"RaSALinear.merge: {type(self.base_layer).__name__} has no floating-point weight "
-                f"of shape (N, K) = [{self.out_features}, {self.in_features}] to add to"
-            )
-        merged = self._with_delta(weight)
-        if not merged.isfinite().all():
-            raise ValueError(
-                f"RaSALinear.merge: the merged weight would hold NaN or inf in {weight.dtype}. "
-                "Check the adapter's weights and d"
-            )
-        self.original_weight = weight.detach().clone()
-        weight.copy_(merged)
-        self.merged = True
+        return merge_layers("RaSALinear.merge", {"": self}, rounding, generator).layers[0]
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -375,5 +417,6 @@ class RaSALinear(nn.Module):
         """Return the configuration."""
         return (
             f"r={self.r}, k={self.k}, alpha={self.alpha:g}, dropout={self.dropout:g}, "
-            f"R={self.d.numel()}, merged={self.merged}"
+            f"R={(0 if self.pool is None else self.pool.Rs) + self.Rp}, merged={self.merged}"
+            + (", gates=True" if self.gates else "")
         )

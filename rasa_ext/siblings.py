@@ -35,7 +35,7 @@ class _Output(NamedTuple):
 
     def is_of(self, member: RaSALinear, x: Tensor) -> bool:
         """Whether the member would compute it from the same tensors now."""
-        now = member.operands()
+        now = member.operands(stored=True)
         return (
             now is not None
             and all(a is b for a, b in zip(now, self.operands, strict=True))
@@ -203,14 +203,14 @@ class SiblingGroup:
                 "rasa_ext: %s are fed different tensors; each is computed on its own from now on",
                 self.name,
             )
-        mine = first.operands() if self._fuses and self._may_keep_outputs() else None
+        mine = first.operands(stored=True) if self._fuses and self._may_keep_outputs() else None
         if mine is None:
             return
         p = turn.context.p
         kind = [(t.dtype, t.device) for t in (mine.weight, mine.A)]
         family: dict[RaSALinear, tuple[Operands, tuple[object, ...]]] = {}
         for member in self.members:
-            theirs = mine if member is first else member.operands()
+            theirs = mine if member is first else member.operands(stored=True)
             if theirs is None or member.drop_rate != p:
                 continue
             state = _state(theirs)
@@ -218,13 +218,13 @@ class SiblingGroup:
                 family[member] = theirs, state
         if first not in family or len(family) < 2:
             return
-        layers = zip(*(operands for operands, _ in family.values()), strict=True)
-        weight, bias, A, A_shared, Bt, Bt_shared, d = map(list, layers)
+        operands = (stored._replace(d=member.d) for member, (stored, _) in family.items())
+        weight, bias, A, A_shared, Bt, Bt_shared, d = map(list, zip(*operands, strict=True))
         rows = x if x.dim() == 2 else x.reshape(-1, first.in_features)
         y = rasa_linears(rows, weight, bias, A, A_shared, Bt, Bt_shared, d, p, turn.seed)
         of_x = (x._version, x.requires_grad)
-        for (member, (operands, state)), output in zip(family.items(), y, strict=True):
-            turn.outputs[member] = _Output(output, operands, (of_x, state))
+        for (member, (stored, state)), output in zip(family.items(), y, strict=True):
+            turn.outputs[member] = _Output(output, stored, (of_x, state))
         if turn.context.saved_tensors_hooks is not None:
             self._to_be_repeated += -1 if _in_backward() else 1
 

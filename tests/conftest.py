@@ -61,3 +61,12 @@ def cpu_launcher() -> Iterator[Callable[[str], None]]:
     """Sets what runs the CPU's programs (csrc/cpu/launch.h) for one test."""
     yield rasa_ext._C.set_cpu_launcher
     rasa_ext._C.set_cpu_launcher("tiles")
+
+
+@pytest.fixture(params=["tiles", "portable", "library"])
+def launcher(request: pytest.FixtureRequest, cpu_launcher: Callable[[str], None]) -> Iterator[str]:
+    """The CPU backend, the same without micro-kernels, and torch's own ops in its place."""
+    rasa_ext._C.set_portable(request.param == "portable")
+    cpu_launcher("library" if request.param == "library" else "tiles")
+    yield request.param
+    rasa_ext._C.set_portable(False)

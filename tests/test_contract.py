@@ -68,14 +68,16 @@ def test_opcheck(op, dtypes, p):
 def test_every_op_has_every_kernel():
     names = [n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if "rasa_ext::" in n]
     assert sorted(names) == [
-        "dropout_mask", "grouped_gemm", "rasa_add", "rasa_backward", "rasa_linear", "rasa_linears"
+        "dropout_mask", "grouped_gemm", "rasa_add", "rasa_backward", "rasa_delta_weights",
+        "rasa_grouped_backward", "rasa_grouped_linear", "rasa_linear", "rasa_linears",
+        "rasa_merge_", "rasa_pool_gradients_",
     ]  # fmt: skip
     names.remove("rasa_linear")  # one layer of rasa_linears, on any device
     keys = {"cpu": "CPU", "cuda": "CUDA"}
     for name in names:
         for key in [keys[backend] for backend in BACKENDS] + ["Meta"]:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rasa_ext::{name}", key), name
-    for name in ("rasa_linears", "rasa_add"):
+    for name in ("rasa_linears", "rasa_add", "rasa_grouped_linear"):
         for key in ("AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"):
             assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(
                 f"rasa_ext::{name}", key

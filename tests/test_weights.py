@@ -291,8 +291,8 @@ def two_configs() -> nn.Module:
         ),
         (
             two_configs,
-            "save_adapter: the layers must have one (r, k, alpha, dropout), got (4, 1, 8.0, 0.0), "
-            "(4, 1, 16.0, 0.0). Save adapter_state_dict(model) instead",
+            "save_adapter: the layers must have one (k, alpha, dropout, gates), got "
+            "(1, 8.0, 0.0, False), (1, 16.0, 0.0, False). Save adapter_state_dict(model) instead",
         ),
     ],
 )

@@ -146,7 +146,7 @@ def _bytes(*tensors: torch.Tensor) -> int:
 
 
 def test_counters(module: Module, summary_lines: SummaryLines) -> None:
-    """Each operand crosses DRAM once, L2 delivers little more, and no bank conflicts in the loop."""
+    """DRAM delivers each operand once, L2 little more, and the loop has no bank conflicts."""
     device = Device(num_sms=16, reduce_launch=1e9)  # unsplit, and several tiles to some blocks
     rows = []
     for R in (39, 78, 156):
