@@ -5,8 +5,9 @@
 #   make test          the tests
 #   make check         what was built, and a self-check of every op
 #   make bench-quick   one table: frozen, LoRA, the authors' formula, rasa_ext
-#   make kernel-counters    traffic and machine code of the CUDA kernels; needs nvcc and no GPU
+#   make kernel-counters   traffic and machine code of the CUDA kernels; needs nvcc and no GPU
 #   make check-cuda-build   builds with CUDA, in an environment of its own; needs nvcc and no GPU
+#   make gpu-check         tests, sanitizer and benchmark on this machine's GPU
 #   make lint          what CI wants of the sources
 #   make clean         remove what was built
 
@@ -30,7 +31,7 @@ INSTALLED_TORCH := $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py
 
 HAS_TORCH := import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)
 
-.PHONY: demo test check check-cuda-build bench-quick kernel-counters lint clean
+.PHONY: demo test check check-cuda-build gpu-check bench-quick kernel-counters lint clean
 .NOTPARALLEL:
 
 demo: $(STAMP)-demo $(STAMP)-model
@@ -53,6 +54,11 @@ check-cuda-build:
 	$(CUDA_VENV)/bin/python -c '$(HAS_TORCH)' || $(CUDA_VENV)/bin/python -m pip install '$(TORCH_CUDA)'
 	$(if $(ARCH),TORCH_CUDA_ARCH_LIST='$(ARCH)') $(CUDA_VENV)/bin/python -m pip install .
 	cd $(CUDA_VENV) && bin/python $(abspath tests/check_cuda_build.py)
+
+gpu-check:
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "gpu-check: FAILED: this machine has no NVIDIA GPU"; exit 1; }
+	$(MAKE) $(STAMP)-dev TORCH='$(TORCH_CUDA)'
+	BIN=$(BIN) .ci/gpu-check
 
 bench-quick: $(STAMP)-bench
 	$(BIN)/python benchmarks/bench.py step --quick $(ARGS)

@@ -4,6 +4,7 @@
     python benchmarks/bench.py step --full                      # all 30 layers, more rounds
     python benchmarks/bench.py layer                            # single linears, for kernel tuning
     python benchmarks/bench.py layer --shape 512,576,1536 --dtype bf16 --dropout 0
+    python benchmarks/bench.py merge                            # all updates into the weights
 
 Peers run interleaved; ratios are medians (min-max) of per-round quotients.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import layer
+import merge
 import peak_memory
 import step
 import torch
@@ -129,6 +131,26 @@ def run_step(args: argparse.Namespace) -> None:
     write_json(path, {"subject": "step", **settings}, {"results": results})
 
 
+def run_merge(args: argparse.Namespace) -> None:
+    """Time merging a whole model, and print one row for each dtype and peer."""
+    results = [
+        merge.measure(DTYPES[dtype], args.layers, args.r, args.k, args.rounds)
+        for dtype in args.dtype
+    ]
+    rows = []
+    for result in results:
+        for name in merge.PEERS:
+            ratio = result["ratios"].get(f"{name} / formula")
+            seconds = spread(result["seconds"][name], 1, 1e-3)
+            rows.append([name, result["dtype"], seconds, spread(ratio) if ratio else "1"])
+    settings = {name: getattr(args, name) for name in ("r", "k", "layers", "rounds")}
+    print(heading())
+    print("merging seven linears of each layer; median (min-max);", describe(settings))
+    print(table(["peer", "dtype", "ms", "/ formula"], rows))
+    if args.json:
+        write_json(args.json, {"subject": "merge", **settings}, {"results": results})
+
+
 def step_table(results: dict[str, Any], memory_dropout: float) -> str:
     """One row for each dtype and peer; memory was measured with one dropout only."""
     rows = []
@@ -206,6 +228,7 @@ def main() -> None:
         default=None,
         help="default: the four linears of SmolLM2-135M at 512 tokens",
     )
+    single.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     single.add_argument("--layers", type=int, default=30, help="layers that share the pool")
     single.add_argument("--rounds", type=int, default=15)
     single.add_argument("--json", type=Path, default=None)
@@ -219,12 +242,23 @@ def main() -> None:
     whole.add_argument("--layers", type=int, help="another number of layers")
     whole.add_argument("--rounds", type=int, default=9)
     whole.add_argument("--json", type=Path, help="default: a file of this machine in results/")
-    whole.set_defaults(run=run_step)
+    whole.set_defaults(run=run_step, device="cpu")
+
+    whole_model = commands.add_parser("merge", help="time merging a whole model")
+    whole_model.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    whole_model.add_argument("--r", type=int, default=8)
+    whole_model.add_argument("--k", type=int, default=1)
+    whole_model.add_argument("--layers", type=int, default=step.MODEL_LAYERS)
+    whole_model.add_argument("--rounds", type=int, default=9)
+    whole_model.add_argument("--threads", type=int, default=None, help="torch's threads")
+    whole_model.add_argument("--json", type=Path, default=None)
+    whole_model.set_defaults(run=run_merge)
 
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.run(args)
+    with torch.device(args.device):
+        args.run(args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Count what the CUDA kernels ask of memory and of the tensor cores, on a machine without a GPU.
 
     python benchmarks/kernel_counters.py                  # all rows, and the SASS of the main loops
-    python benchmarks/kernel_counters.py --only walks     # one group of rows, printed alone
+    python benchmarks/kernel_counters.py --only split     # one group of rows, printed alone
 
 Kernels are planned by csrc/cuda/plan.h, compiled by nvcc and run by the PTX executor of tests/ptx.
 Nothing here is a time. A row of results/kernels_ptx.json says for one launch group
@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,13 @@ def cases() -> Iterator[Case]:
             yield Case("split", form, 2048, 4096, R, Device(132, LARGE_SMEM))
 
 
-def run(module: Module, case: Case) -> tuple[Planned, Counters, int]:
+@cache
+def module() -> Module:
+    """The kernels; children of this process have its copy."""
+    return Module(compile_ptx(KERNELS, "sm_80", include=(CSRC,)))
+
+
+def run(case: Case) -> tuple[Planned, Counters, int]:
     """Plan and count; the launches of a split are added up. Returns the compulsory bytes, too."""
     layout, make = FORMS[case.form]
     dtype = DTYPES[case.dtype]
@@ -98,9 +106,9 @@ def run(module: Module, case: Case) -> tuple[Planned, Counters, int]:
     planned = Planned(layout, dtype, [problem], dtype, case.device)
     options = Options(check_races=False, poison=False, time_limit=600)
     total: Counters | None = None
-    for result in planned.run(module, options):
+    for result in planned.run(module(), options):
         if not result.ok:
-            raise SystemExit(f"{case.name}: {result.report()}")
+            raise RuntimeError(f"{case.name}: {result.report()}")
         total = result.counters if total is None else added(total, result.counters)
     assert total is not None
     operands = [t for s in problem.segments for t in (*s.A, *s.B)] + problem.C_in
@@ -117,7 +125,7 @@ def added(first: Counters, second: Counters) -> Counters:
     return first
 
 
-def loop_instructions_per_mma(module: Module, case: Case) -> float:
+def loop_instructions_per_mma(case: Case) -> float:
     """What one more stretch of the main loop costs: all else is the same in both runs."""
     longer = {"shrink": (256, 1024), "wgrad": (1024, 256)}.get(case.form, (1024, 256))
     shorter = {"shrink": (256, 512), "wgrad": (512, 256)}.get(case.form, (512, 256))
@@ -125,19 +133,16 @@ def loop_instructions_per_mma(module: Module, case: Case) -> float:
     counts = []
     for M, features in (shorter, longer):
         sized = replace(case, M=M, features=features, device=one_block)
-        counters = run(module, sized)[1]
+        counters = run(sized)[1]
         mma = sum(n for op, n in counters.opcodes.items() if op.startswith("mma."))
         counts.append((counters.warp_instructions, mma))
     return (counts[1][0] - counts[0][0]) / (counts[1][1] - counts[0][1])
 
 
-def measure(module: Module, case: Case, per_mma: dict[Any, float]) -> dict[str, Any]:
+def measure(case: Case) -> dict[str, Any]:
     """One row."""
-    planned, counters, compulsory = run(module, case)
+    planned, counters, compulsory = run(case)
     config = configs()[planned.launches[0].config]
-    key = (config.id, case.dtype, case.R)
-    if key not in per_mma:
-        per_mma[key] = loop_instructions_per_mma(module, case)
     row = counter_row(case.name, counters, compulsory)
     loop = [counters.shared[kind] for kind in ("ldmatrix", "cp.async") if kind in counters.shared]
     M, N = (case.R if case.form == "wgrad" else case.M), case.features
@@ -149,8 +154,8 @@ def measure(module: Module, case: Case, per_mma: dict[Any, float]) -> dict[str, 
         "form": case.form,
         "dtype": case.dtype,
         "M": case.M,
-        "K": case.R if case.form in ("expand", "merge") else case.features,
-        "N": case.features,
+        "K": case.features if case.form in ("shrink", "wgrad") else case.R,
+        "N": case.R if case.form in ("shrink", "wgrad") else case.features,
         "R": case.R,
         "num_sms": case.device.num_sms,
         "smem_kib": case.device.smem_bytes // 1024,
@@ -164,7 +169,6 @@ def measure(module: Module, case: Case, per_mma: dict[Any, float]) -> dict[str, 
         "l2_ratio": round(row.l2_ratio, 4),
         "bank_conflict_factor": sum(s.wavefronts for s in loop)
         / sum(s.ideal_wavefronts for s in loop),
-        "instructions_per_mma": round(per_mma[key], 2),
     }
 
 
@@ -186,13 +190,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="GROUP", help="count one group, and write nothing")
     parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--jobs", type=int, help="processes; default: one for each core")
     args = parser.parse_args()
-    module = Module(compile_ptx(KERNELS, "sm_80", include=(CSRC,)))
-    per_mma: dict[Any, float] = {}
-    rows = []
-    for case in cases():
-        if args.only in (None, case.group):
-            rows.append(measure(module, case, per_mma))
+    chosen = [case for case in cases() if args.only in (None, case.group)]
+    module()  # before the fork
+    with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+        rows = pool.map(measure, chosen, chunksize=1)
+        # Does not depend on the sizes: once for each kernel and rank.
+        keys = [(row["config"], case.dtype, case.R) for row, case in zip(rows, chosen, strict=True)]
+        samples = dict(zip(keys, chosen, strict=True))
+        found = pool.map(loop_instructions_per_mma, samples.values(), chunksize=1)
+    per_mma = dict(zip(samples, found, strict=True))
+    for row, key in zip(rows, keys, strict=True):
+        row["instructions_per_mma"] = round(per_mma[key], 2)
     shown = ("dtype", "num_sms", "smem_kib", "config", "grid", "splits")
     figures = ("traffic_ratio", "l2_ratio", "bank_conflict_factor", "instructions_per_mma")
     cells = [

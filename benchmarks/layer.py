@@ -63,6 +63,8 @@ def one_pass(
                 forward_backward(layer, x, dy)
             for p in trained:
                 p.grad = None
+        if dy.is_cuda:
+            torch.cuda.synchronize()
 
     return run
 

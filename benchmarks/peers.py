@@ -145,7 +145,7 @@ def convert(name: str, model: nn.Module, adapter: Adapter) -> nn.Module:
     for p in model.parameters():
         # Gates, the only vectors, keep their values.
         if p.requires_grad and p.dim() == 2:
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+            p.data.copy_(torch.randn(p.shape, generator=generator, device="cpu") * 0.02)
     return model.train()
 
 

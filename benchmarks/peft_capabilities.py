@@ -2,7 +2,8 @@
 
     python benchmarks/peft_capabilities.py
 
-prints one line for each capability (yes, or no with the reason) and writes a JSON file to results/.
+prints one line for each capability (yes, or no with the reason), and writes the table and a JSON
+file to results/.
 A probe checks what it did; that LoRA passes it shows that the probe itself is sound.
 """
 
@@ -445,9 +446,10 @@ def main() -> None:
         [name, *("yes" if of[label]["works"] else "no" for label in METHODS), of["RaSA"]["note"]]
         for name, of in results.items()
     ]
-    print(heading())
-    print(table(["capability", *METHODS, "RaSA"], [row[:3] + [row[3][:100]] for row in rows]))
+    text = f"{heading()}\n\n{table(['capability', *METHODS, 'note on RaSA'], rows)}\n"
+    print(text)
     write_json(args.json, {"subject": "peft_capabilities"}, {"results": results})
+    args.json.with_suffix(".md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ def cpu_name() -> str:
 
 def machine() -> dict[str, Any]:
     """The hardware, in words that identify no host."""
+    on_gpu = torch.get_default_device().type == "cuda"
     return {
+        **({"gpu": torch.cuda.get_device_name()} if on_gpu else {}),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -63,7 +65,8 @@ def heading() -> str:
     """One line above every table."""
     m, v = machine(), versions()
     packages = ", ".join(f"{name} {version}" for name, version in v.items())
-    return f"{m['cpu']}, {m['threads']} threads, {m['capability']}; {packages} ({commit()})"
+    gpu = f"{m['gpu']}; " if "gpu" in m else ""
+    return f"{gpu}{m['cpu']}, {m['threads']} threads, {m['capability']}; {packages} ({commit()})"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -1,11 +1,11 @@
 // Autograd: one Function per op. Forward calls the op again below the Autograd key; backward calls
 // rasa_backward.
 #include <ATen/Functions.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "rasa_ops.h"
+#include "redispatch.h"
 
 namespace rasa {
 namespace {
@@ -25,11 +25,6 @@ using BackwardSignature = std::vector<Tensor>(const OptionalTensorList&, const T
                                               at::TensorList, at::TensorList, at::TensorList,
                                               at::TensorList, const Tensor&, double,
                                               const OptionalTensor&, const c10::List<bool>&);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
@@ -185,13 +180,6 @@ std::tuple<Tensor, Tensor> rasa_add(const Tensor& x, const Tensor& base, const T
   return {out[0], out[1]};
 }
 
-// Ops without a derivative refuse to be differentiated; recording nothing would give silent zeros.
-void refuse_grad(const char* op, const char* what, at::TensorList tensors) {
-  if (!at::GradMode::is_enabled()) return;
-  for (const Tensor& t : tensors) {
-    TORCH_CHECK(!t.defined() || !t.requires_grad(), op, ": ", what);
-  }
-}
 void refuse_grad_of_list(const char* op, const char* what, const OptionalTensorList& tensors) {
   for (const OptionalTensor& t : tensors) {
     if (t) refuse_grad(op, what, *t);

@@ -25,10 +25,10 @@ inline void check_shape(const char* op, const at::Tensor& t, const char* name, c
               ", got ", t.sizes());
 }
 
-inline void check_device(const char* op, const at::Tensor& t, const char* name,
-                         const at::Tensor& x) {
-  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on x's device ", x.device(),
-              ", got ", t.device());
+inline void check_device(const char* op, const at::Tensor& t, const char* name, const at::Tensor& x,
+                         const char* x_name = "x") {
+  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on ", x_name, "'s device ",
+              x.device(), ", got ", t.device());
 }
 
 inline void check_dtype(const char* op, const at::Tensor& t, const char* name,

@@ -21,6 +21,7 @@ using at::Tensor;
 constexpr double kDropout = 0.25;
 constexpr int64_t kSeed = 2024;
 constexpr int64_t kLastBlock = 7;  // rows of the last block of a stack of two
+constexpr int64_t kGap = 3;        // rows before it that are nowhere in memory
 
 // One problem. Sizes end inside a tile in every dimension, and reductions over features or tokens
 // outlast the stages of a pipeline.
@@ -34,6 +35,7 @@ struct Case {
   bool scales_m = false;
   bool dots = false;
   bool has_f32_ranks = false;
+  bool has_gap = false;  // in B, as between the ranks of layers that share x
 };
 
 std::vector<Case> all_cases() {
@@ -82,6 +84,10 @@ std::vector<Case> all_cases() {
   for (size_t i = cases.size() - 3; i < cases.size(); ++i) {
     cases[i].drops = cases[i].scales_k = cases[i].has_f32_ranks = true;
   }
+  // A gap among the ranks, between neighbours that 16-bit formats may keep as pairs.
+  cases.push_back({.form = "shrink", .layout = Layout::kNT, .M = 70, .N = 40, .K = {328}});
+  cases.push_back({.form = "expand", .layout = Layout::kNN, .M = 70, .N = 136, .K = {40}});
+  for (size_t i = cases.size() - 2; i < cases.size(); ++i) cases[i].has_gap = true;
   return cases;
 }
 
@@ -153,6 +159,14 @@ class Run {
       const Tensor blocks[] = {t.narrow(0, 0, first), t.narrow(0, first, kLastBlock)};
       return builder_.stack({&blocks[0], &blocks[1]});
     };
+    const auto stack_with_gap = [&](const Tensor& t) {
+      const int64_t last = t.size(0) - kLastBlock;
+      Matrix m = builder_.begin_stack(t.scalar_type());
+      builder_.append(m, t.narrow(0, 0, last - kGap));
+      builder_.append_gap(m, kGap);
+      builder_.append(m, t.narrow(0, last, kLastBlock));
+      return m;
+    };
     // The rank axis of a shrink's result is padded; the columns beyond come out as zeros.
     const int64_t N = c.layout == Layout::kNT ? round_up(c.N, 8) : c.N;
     const auto nan = std::numeric_limits<double>::quiet_NaN();
@@ -173,7 +187,8 @@ class Run {
     for (const SegmentInputs& s : in.segments) {
       const Tensor A = keep(s.A, types.main), B = keep(s.B, B_type);
       const int64_t K = A.size(is_wgrad ? 0 : 1);
-      Segment& segment = builder_.add_segment(builder_.matrix(A), stack(B), K);
+      const Matrix rows = builder_.matrix(A);
+      Segment& segment = builder_.add_segment(rows, c.has_gap ? stack_with_gap(B) : stack(B), K);
       if (s.scale_k.defined()) segment.scale_k = keep(s.scale_k, types.adapter).const_data_ptr();
       if (s.scale_m.defined()) segment.scale_m = keep(s.scale_m, types.adapter).const_data_ptr();
       if (c.drops) builder_.drop(seed.const_data_ptr<int64_t>(), drop_threshold(kDropout));

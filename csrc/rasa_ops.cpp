@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <string>
 
-#include "checks.h"
+#include "op_inputs.h"
 #include "program_builder.h"
 
 namespace rasa {
@@ -33,62 +33,18 @@ void append(Layers& layers, Layer layer) {
   layers.push_back(layer);
 }
 
-Layer check_adapter(const char* op, const Tensor& x, int64_t N, const Adapters& adapters,
-                    size_t i) {
-  const Tensor &A = adapters.A[i], &A_shared = adapters.A_shared[i];
-  check_dim(op, A, "A", "(Rp, K)", 2);
-  check_dim(op, A_shared, "A_shared", "(Rs, K)", 2);
-  const int64_t K = x.size(1);
-  const Layer z = {i, N, A.size(0), A_shared.size(0)};
-  check_shape(op, A, "A", "(Rp, K)", {z.Rp, K});
-  check_shape(op, A_shared, "A_shared", "(Rs, K)", {z.Rs, K});
-  check_shape(op, adapters.Bt[i], "Bt", "(Rp, N)", {z.Rp, N});
-  check_shape(op, adapters.Bt_shared[i], "Bt_shared", "(Rs, N)", {z.Rs, N});
-  check_shape(op, adapters.d[i], "d", "(Rs + Rp)", {z.R()});
-
-  const at::ScalarType type = A.scalar_type();
-  const bool is_half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-  TORCH_CHECK(type == x.scalar_type() || (is_half && type == at::kFloat), op,
-              ": A must have x's dtype ", at::toString(x.scalar_type()), is_half ? " or Float" : "",
-              ", got ", at::toString(type));
-  check_dtype(op, A, "A", adapters.A[0].scalar_type(), "layer 0's");
-  check_device(op, A, "A", x);
-  check_row_major(op, A, "A");
-  const auto check_like_A = [&](const Tensor& t, const char* name) {
-    check_dtype(op, t, name, type, "A's");
-    check_device(op, t, name, x);
-    check_row_major(op, t, name);
-  };
-  check_like_A(A_shared, "A_shared");
-  check_like_A(adapters.Bt[i], "Bt");
-  check_like_A(adapters.Bt_shared[i], "Bt_shared");
-  check_like_A(adapters.d[i], "d");
-  return z;
-}
-
-void check_x(const char* op, const Tensor& x) {
-  check_dim(op, x, "x", "(M, K)", 2);
-  TORCH_CHECK(is_supported(x.scalar_type()), op,
-              ": x must be float32, float64, bfloat16 or float16, got ",
-              at::toString(x.scalar_type()));
-}
-
-void check_like_x(const char* op, const Tensor& t, const char* name, const Tensor& x) {
-  check_dtype(op, t, name, x.scalar_type(), "x's");
-  check_device(op, t, name, x);
+Layer check_layer(const char* op, const Tensor& x, int64_t N, const Adapters& adapters, size_t i) {
+  const Sizes z = check_adapter(
+      op, x, N,
+      {adapters.A[i], adapters.A_shared[i], adapters.Bt[i], adapters.Bt_shared[i], adapters.d[i]});
+  check_dtype(op, adapters.A[i], "A", adapters.A[0].scalar_type(), "layer 0's");
+  return {i, N, z.Rp, z.Rs};
 }
 
 // What messages begin with: a call of several layers says which of them is wrong.
 std::string name_of(const char* op, size_t i, size_t num_layers) {
   return num_layers == 1 ? op : c10::str(op, ": layer ", i);
 }
-
-void check_entries(const char* op, const char* name, size_t entries, size_t num_layers) {
-  TORCH_CHECK(entries == num_layers, op, ": ", name,
-              " must have one entry for each layer = ", num_layers, ", got ", entries);
-}
-
-const void* data(const Tensor& t) { return t.const_data_ptr(); }
 
 // The rows of all layers' weights as one matrix, where their ranks are columns of s.
 Matrix stack_ranks(ProgramBuilder& builder, const Layers& layers, at::TensorList shared,
@@ -255,7 +211,7 @@ std::tuple<std::vector<Tensor>, Tensor> rasa_linears_body(LaunchFn launch, const
       check_shape(layer, *bias[i], "bias", "(N)", {N});
       check_like_x(layer, *bias[i], "bias", x);
     }
-    append(layers, check_adapter(layer, x, N, adapters, i));
+    append(layers, check_layer(layer, x, N, adapters, i));
   }
   const Dropout dropout(op, p, seed, x);
 
@@ -280,7 +236,7 @@ std::tuple<Tensor, Tensor> rasa_add_body(LaunchFn launch, const Tensor& x, const
   check_shape(op, base, "base", "(M, N)", {x.size(0), base.size(1)});
   check_like_x(op, base, "base", x);
   Layers layers;
-  append(layers, check_adapter(op, x, base.size(1), adapter, 0));
+  append(layers, check_layer(op, x, base.size(1), adapter, 0));
   const Dropout dropout(op, p, seed, x);
 
   const Tensor s = at::empty({x.size(0), num_columns(layers)}, x.options());
@@ -327,7 +283,7 @@ std::vector<Tensor> rasa_backward_body(LaunchFn launch, const std::vector<Option
     if (has_dy) check_dim(layer, *dy[i], "dy", "(M, N)", 2);
     check_dim(layer, adapters.Bt[i], "Bt", "(Rp, N)", 2);
     const int64_t N = has_dy ? dy[i]->size(1) : adapters.Bt[i].size(1);
-    const Layer z = check_adapter(layer, x, N, adapters, i);
+    const Layer z = check_layer(layer, x, N, adapters, i);
     append(of_s, z);
     if (weight[i]) {
       check_shape(layer, *weight[i], "weight", "(N, K)", {N, K});

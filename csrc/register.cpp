@@ -1,11 +1,11 @@
 // The ops' schemas, their CPU, Meta and Autocast kernels, and the _C module.
 #include <ATen/Functions.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
+#include "autocast.h"
 #include "cpu/dropout_mask.h"
 #include "cpu/launch.h"
 #include "cpu/micro_kernel.h"
@@ -126,14 +126,8 @@ std::tuple<Tensor, Tensor> rasa_linear(const Tensor& x, const Tensor& weight,
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <c10::DispatchKey autocast_key, c10::DeviceType device>
-struct Autocast {
-  static Tensor cast(const Tensor& t) {
-    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
-  }
-  // A half adapter follows the autocast dtype; a float one is taken as it is, in registers.
-  static Tensor cast_adapter(const Tensor& t) {
-    return t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble ? t : cast(t);
-  }
+struct Autocast : AutocastTo<device> {
+  using AutocastTo<device>::cast, AutocastTo<device>::cast_adapter;
 
   static std::vector<Tensor> cast_adapters(at::TensorList tensors) {
     std::vector<Tensor> result;

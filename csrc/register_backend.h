@@ -5,19 +5,9 @@
 #include <torch/library.h>
 
 #include "rasa_ops.h"
+#include "register_layers.h"
 
 namespace rasa {
-
-using OptionalTensorList = c10::List<OptionalTensor>;
-
-// None may also come as an undefined tensor.
-inline std::vector<OptionalTensor> to_vector(const OptionalTensorList& list) {
-  std::vector<OptionalTensor> result;
-  for (const OptionalTensor t : list) {
-    result.push_back(t && t->defined() ? t : std::nullopt);
-  }
-  return result;
-}
 
 template <LaunchFn launch, DrawMaskFn draw_mask>
 struct BackendOps {
@@ -70,6 +60,7 @@ void register_backend(torch::Library& m) {
   m.impl("rasa_backward", &Ops::rasa_backward);
   m.impl("grouped_gemm", &Ops::grouped_gemm);
   m.impl("dropout_mask", &Ops::dropout_mask);
+  register_layer_ops<launch>(m);
 }
 
 }  // namespace rasa

@@ -2,6 +2,7 @@
 
     python examples/finetune.py                     # SmolLM2-135M, at most ten minutes
     python examples/finetune.py --resume            # after Ctrl-C, to the same result
+    python examples/finetune.py --method rasa+l1ra  # ranks move during training
     python examples/finetune.py --model PATH --device cuda --dtype bf16 --steps 1000 --r 16 --k 2
     torchrun --nproc-per-node 2 examples/finetune.py --accumulate 2    # and so on any device
 
@@ -49,9 +50,10 @@ PACKAGES = {
 # Results depend on these, so a resumed run must repeat them.
 SETTINGS = (
     *("model", "layers", "dtype", "device", "steps", "batch_size", "seq_len"),
-    *("r", "k", "alpha", "dropout", "lr", "seed", "eval_problems", "answer_problems"),
-    *("accumulate", "nproc_per_node"),
+    *("method", "l1", "gate_lr", "r", "k", "alpha", "dropout", "lr", "seed"),
+    *("eval_problems", "answer_problems", "accumulate", "nproc_per_node"),
 )
+METHODS = ("rasa", "l1ra", "rasa+l1ra")
 # Relative Frobenius difference of the logits, merged against unmerged: what rounding W + delta to
 # the weight's dtype may cost. bf16 keeps 8 bits of a sum in which the update is the small part.
 MERGE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
@@ -71,11 +73,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=4, help="problems a step, over all processes")
     add("--accumulate", type=int, default=1, help="batches that a process cuts its share into")
     add("--seq-len", type=int, default=160, help="leave out problems with more tokens than this")
+    add("--method", choices=METHODS, default="rasa", help="l1ra is without pools, whatever --k")
     add("--r", type=int, default=8, help="ranks a layer pays for")
     add("--k", type=int, default=1, help="how many of them go to the shared pool")
     add("--alpha", type=float, default=16)
     add("--dropout", type=float, default=0.05)
     add("--lr", type=float, default=2e-3)
+    add("--l1", type=float, default=1e-3, help="of l1ra: how hard gates are pulled to zero")
+    add("--gate-lr", type=float, default=2e-2, help="of l1ra: the gates' learning rate")
     add("--seed", type=int, default=0)
     add("--eval-problems", type=int, default=24, help="held-out problems whose loss is measured")
     add("--answer-problems", type=int, default=16, help="of these, how many the model answers")
@@ -207,7 +212,8 @@ def main() -> None:
 
     model = load_model(folder, args)
     torch.manual_seed(args.seed)
-    summary = rasa_ext.apply(model, r=args.r, k=args.k, alpha=args.alpha, dropout=args.dropout)
+    gates, k = args.method != "rasa", 0 if args.method == "l1ra" else args.k
+    summary = rasa_ext.apply(model, args.r, k, args.alpha, dropout=args.dropout, gates=gates)
     print(summary)
     data = GsmSymbolic(
         load_tokenizer(folder),
@@ -218,11 +224,16 @@ def main() -> None:
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
+    allocator = None
+    if gates:
+        allocator = rasa_ext.RankAllocator(
+            model, optimizer, l1=args.l1, gate_lr=args.gate_lr, total_steps=args.steps
+        )
     if args.resume:
-        run = TrainingState.resume(state_path, settings, model, optimizer)
+        run = TrainingState.resume(state_path, settings, model, optimizer, allocator)
         print(f"Resuming after step {run.step} of {args.steps}")
     else:
-        run = TrainingState(settings)
+        run = TrainingState(settings, allocator=allocator)
 
     try:
         if run.before is None and workers.is_first:
@@ -234,6 +245,8 @@ def main() -> None:
         with interruption.held():
             run.save(state_path, model, optimizer)
             rasa_ext.save_adapter(model, args.output / "adapter.safetensors")
+        if allocator is not None:
+            rasa_ext.save_rank_report(allocator, args.output)
         after = evaluate(model, data, args, "after")
         save_plot(args.output / "loss.png", run.losses, run.before["loss"], after["loss"])
         input_ids = data.collate(data.held_out[:2]).input_ids

@@ -65,13 +65,16 @@ def train(
     with bar, interruption.held():
         while run.step < args.steps:
             start = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(run.step, args)
+            # The second group, if any, are L1RA's gates: their rate is constant.
+            optimizer.param_groups[0]["lr"] = learning_rate(run.step, args)
             # Dropout depends on seed, step and process alone: a resumed run repeats it.
             torch.manual_seed((args.seed << 32) + run.step * workers.size + workers.rank)
             loss, tokens = add_gradients(engine, data, run.step, workers, args.accumulate)
             optimizer.step()
+            ranks_moved = run.allocator is not None and run.allocator.step()
             optimizer.zero_grad(set_to_none=True)
+            if ranks_moved:  # an engine keeps buffers of the old sizes
+                engine = workers.wrapped(model).train()
             run.losses.append(loss)
             run.step += 1
             if run.step % args.save_every == 0 and workers.is_first:

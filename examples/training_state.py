@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rasa_ext import adapter_state_dict
+from rasa_ext import RankAllocator, adapter_state_dict
 
 
 def write_atomically(path: Path, content: Any) -> None:
@@ -44,6 +44,7 @@ class TrainingState:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     before: dict[str, Any] | None = None
+    allocator: RankAllocator | None = None
 
     def save(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write adapter, optimizer and this record.
@@ -52,6 +53,7 @@ class TrainingState:
         """
         content = {
             **vars(self),
+            "allocator": None if self.allocator is None else self.allocator.state_dict(),
             "adapter": adapter_state_dict(model),
             "optimizer": optimizer.state_dict(),
         }
@@ -64,6 +66,7 @@ class TrainingState:
         settings: dict[str, Any],
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        allocator: RankAllocator | None = None,
     ) -> TrainingState:
         """Read `path` back into model and optimizer.
 
@@ -89,10 +92,12 @@ class TrainingState:
                     f"finetune: {path} was trained with {flag} {saved.get(name)}, got "
                     f"{settings[name]}. Resume with the same settings"
                 )
+        if allocator is not None:  # first: it gives the layers the ranks of then
+            allocator.load_state_dict(content["allocator"])
         parameters = adapter_state_dict(model)
         if parameters.keys() != content["adapter"].keys():
             raise SystemExit(f"finetune: {path} does not fit this model: it adapts other layers")
         for name, value in content["adapter"].items():
             parameters[name].copy_(value)
         optimizer.load_state_dict(content["optimizer"])
-        return cls(saved, content["step"], content["losses"], content["before"])
+        return cls(saved, content["step"], content["losses"], content["before"], allocator)

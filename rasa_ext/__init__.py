@@ -10,9 +10,12 @@ load_extension()  # before the modules below: they use the ops it registers
 
 from rasa_ext._build_config import version as __version__  # noqa: E402
 from rasa_ext.boosting import BoostedUpdate  # noqa: E402
+from rasa_ext.deferred import deferred_pool_gradients  # noqa: E402
 from rasa_ext.export import export_to_lora  # noqa: E402
 from rasa_ext.foreign import import_lora, import_rasa  # noqa: E402
+from rasa_ext.grouped import grouped_linear  # noqa: E402
 from rasa_ext.injection import Summary, apply  # noqa: E402
+from rasa_ext.merging import LayerMerge, MergeReport  # noqa: E402
 from rasa_ext.mixed_batch import mixed_add  # noqa: E402
 from rasa_ext.module import RaSALinear, SharedPool  # noqa: E402
 from rasa_ext.ops import (  # noqa: E402
@@ -37,6 +40,8 @@ from rasa_ext.weights import (  # noqa: E402
 __all__ = [
     "BoostedUpdate",
     "RankAllocator",
+    "LayerMerge",
+    "MergeReport",
     "RaSALinear",
     "SharedPool",
     "Summary",
@@ -45,9 +50,11 @@ __all__ = [
     "allocate_ranks",
     "apply",
     "build_info",
+    "deferred_pool_gradients",
     "dropout_mask",
     "export_to_lora",
     "grouped_gemm",
+    "grouped_linear",
     "import_lora",
     "import_rasa",
     "link_siblings",

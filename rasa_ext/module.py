@@ -17,10 +17,13 @@ from rasa_ext.base_layer import (
     is_transposed,
     must_be_called,
 )
+from rasa_ext.layer_ops import adapters_of, rasa_delta_weights
+from rasa_ext.merging import LayerMerge, merge_layers
 from rasa_ext.ops import rasa_add, rasa_linear
-from rasa_ext.update import delta_weight, init_gates, init_rank_weights, tensor_of
+from rasa_ext.update import init_gates, init_rank_weights, tensor_of
 
 if TYPE_CHECKING:
+    from rasa_ext.deferred import DeferredPoolGradients
     from rasa_ext.siblings import SiblingGroup
 
 _MAX_SEED = 2**63 - 1
@@ -50,6 +53,8 @@ class SharedPool(nn.Module):
 
     A_shared: Tensor
     Bt_shared: Tensor
+    # Who sums the pool's gradients, while deferred_pool_gradients() is active.
+    deferred: DeferredPoolGradients | None = None
 
     def __init__(
         self,
@@ -237,12 +242,7 @@ class RaSALinear(nn.Module):
         Raises ValueError unless the last size of x is in_features, RuntimeError when called in
         training mode while merged or while the pool's tensors are not gathered.
         """
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
-            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"RaSALinear: x must be a tensor (..., in_features) = [..., {self.in_features}], "
-                f"got {got}"
-            )
+        self.check_input(x)
         base: Any = self._modules["base_layer"]
         if self.merged:
             if self.training:
@@ -258,6 +258,15 @@ class RaSALinear(nn.Module):
             y = self.compute(x, p, self.draw_seed(x, p))
         return y if x.dim() == 2 else y.reshape(x.shape[:-1] + (self.out_features,))
 
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless x is a tensor whose last size is in_features."""
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != self.in_features:
+            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"RaSALinear: x must be a tensor (..., in_features) = [..., {self.in_features}], "
+                f"got {got}"
+            )
+
     @property
     def drop_rate(self) -> float:
         """The dropout that acts now."""
@@ -266,6 +275,11 @@ class RaSALinear(nn.Module):
     def draw_seed(self, x: Tensor, p: float) -> Tensor | None:
         """Return a seed from torch's generator, so that manual_seed and checkpointing repeat it."""
         return torch.randint(_MAX_SEED, (), device=x.device) if p > 0.0 else None
+
+    def fused_base(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return weight and bias of a base layer that an op may compute in its place, else None."""
+        base: Any = self._modules["base_layer"]
+        return fusible(base) if self._is_plain_linear else None
 
     def _adapter(self, stored: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return A, A_shared, Bt, Bt_shared, and d, or (stored) the c that d is computed from."""
@@ -285,21 +299,32 @@ class RaSALinear(nn.Module):
 
     def compute(self, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         """Return the output for x as a matrix, with the mask of this seed."""
+        deferred = self.deferred
+        if deferred is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            return deferred.compute(self, x, p, seed)
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         base: Any = self._modules["base_layer"]
-        fused = fusible(base) if self._is_plain_linear else None
+        fused = self.fused_base()
         if fused is not None:
             return rasa_linear(rows, *fused, *self._adapter(), p, seed)
         y = base(x).reshape(-1, self.out_features)
         return rasa_add(rows, y, *self._adapter(), p, seed)
 
+    @property
+    def deferred(self) -> DeferredPoolGradients | None:
+        """Who sums the pool's gradients, while deferred_pool_gradients() is active."""
+        return None if self.pool is None else self.pool.deferred
+
     def operands(self, *, stored: bool = False) -> Operands | None:
         """Return the tensors with which an op can compute this layer in its caller's place.
 
         stored: with the c of a gated layer, which stays the same object, for the d made of it.
-        None if it cannot: merged, a base that must be called, or hooks, which only a call runs.
+        None if it cannot: merged, a base that must be called, hooks, which only a call runs, or
+        a pool whose gradient this layer leaves to be summed later.
         """
         if self.merged or not self._is_plain_linear or type(self) is not RaSALinear:
+            return None
+        if self.deferred is not None:
             return None
         base: Any = self._modules["base_layer"]
         fused = None if must_be_called(self) else fusible(base)
@@ -322,7 +347,7 @@ class RaSALinear(nn.Module):
         weight = base_weight(self.base_layer)
         if weight is None or self.merged:
             return self.base_layer.weight  # type: ignore[return-value]
-        return self._with_delta(weight)
+        return (weight + self._stored_delta()).to(weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -337,41 +362,28 @@ class RaSALinear(nn.Module):
 
         Shape: (N, K), whatever the base layer's own layout. Differentiable.
         """
-        pool = self.pool
-        A_shared = self._no_A_shared if pool is None else pool.A_shared
-        Bt_shared = self._no_Bt_shared if pool is None else pool.Bt_shared
-        return delta_weight(self.A, A_shared, self.Bt, Bt_shared, self.d)
+        delta = self._stored_delta()
+        return delta.T if is_transposed(self.base_layer) else delta
 
-    def _with_delta(self, weight: Tensor) -> Tensor:
-        """Return weight plus the update in weight's layout, rounded once to weight's dtype."""
-        delta = self.delta_weight()
-        return (weight + (delta.T if is_transposed(self.base_layer) else delta)).to(weight.dtype)
+    def _stored_delta(self) -> Tensor:
+        """Return the update in the layout in which the base layer stores its weight."""
+        return rasa_delta_weights(adapters_of([self], [is_transposed(self.base_layer)]))[0]
 
-    @torch.no_grad()
-    def merge(self) -> None:
+    def merge(
+        self, rounding: str = "nearest", generator: torch.Generator | None = None
+    ) -> LayerMerge:
         """Add the update to the base weight; forward is then the base layer alone.
 
-        The sum is formed in float32 and rounded once. The original weight is kept, for unmerge().
+        The sum is formed in float32 and rounded once, to the nearest or as rasa_ext.merge says of
+        `rounding` and `generator`. The original weight is kept, for unmerge(). Returns the relative
+        error of the update as the weight's dtype holds it.
+
         Raises RuntimeError if merged already, TypeError if the base has no floating-point weight
         to add to, ValueError if the sum would not be finite; the layer is then as it was.
         """
         if self.merged:
             raise RuntimeError("RaSALinear.merge: already merged. Call unmerge() first")
-        weight = base_weight(self.base_layer)
-        if weight is None:
-            raise TypeError(
-                f"RaSALinear.merge: {type(self.base_layer).__name__} has no floating-point weight "
-                f"of shape (N, K) = [{self.out_features}, {self.in_features}] to add to"
-            )
-        merged = self._with_delta(weight)
-        if not merged.isfinite().all():
-            raise ValueError(
-                f"RaSALinear.merge: the merged weight would hold NaN or inf in {weight.dtype}. "
-                "Check the adapter's weights and d"
-            )
-        self.original_weight = weight.detach().clone()
-        weight.copy_(merged)
-        self.merged = True
+        return merge_layers("RaSALinear.merge", {"": self}, rounding, generator).layers[0]
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.layer_ops import Adapters, rasa_delta_weights
+
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:
     """Return module.name; past nn.Module's attribute lookup, which costs as much as a small op."""
@@ -46,10 +48,7 @@ def delta_weight(A: Tensor, A_shared: Tensor, Bt: Tensor, Bt_shared: Tensor, d: 
         Bt_all = torch.cat([Bt_shared, Bt]).float()
         return (Bt_all * d.float()[:, None]).T @ A_all
     """
-    A, Bt = torch.cat([A_shared, A]), torch.cat([Bt_shared, Bt])
-    dtype = torch.promote_types(A.dtype, torch.float32)
-    with torch.autocast(A.device.type, enabled=False):
-        return (Bt.to(dtype) * d.to(dtype)[:, None]).T @ A.to(dtype)
+    return rasa_delta_weights(Adapters([A], [Bt], [d], [A_shared], [Bt_shared], [0]))[0]
 
 
 def lora_pair(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,7 +11,24 @@ import torch
 import rasa_ext
 
 BACKENDS = rasa_ext.build_info()["backends"]
-DEVICES = ["cpu"] + (["cuda"] if "cuda" in BACKENDS and torch.cuda.is_available() else [])
+HAS_GPU = "cuda" in BACKENDS and torch.cuda.is_available()
+DEVICES = ["cpu"] + (["cuda"] if HAS_GPU else [])
+# Streams, graphs and second devices exist on a GPU only: nothing to skip elsewhere.
+collect_ignore = [] if HAS_GPU else ["test_cuda.py"]
+# Without it, torch refuses cuBLAS in deterministic mode. Read when CUDA is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out, on a GPU, what is a CPU's own: tests marked cpu, and its portable loops."""
+
+    def runs(item: pytest.Item) -> bool:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        is_cpus_own = item.get_closest_marker("cpu") or params.get("micro_kernel") == "portable"
+        return not (is_cpus_own and params.get("device", "cpu") != "cpu")
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = [item for item in items if runs(item)]
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +41,11 @@ def nan_filled_allocations() -> Iterator[None]:
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the tensors of a test are made, unless it says otherwise."""
+    torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=["library", "portable"])
@@ -40,3 +61,12 @@ def cpu_launcher() -> Iterator[Callable[[str], None]]:
     """Sets what runs the CPU's programs (csrc/cpu/launch.h) for one test."""
     yield rasa_ext._C.set_cpu_launcher
     rasa_ext._C.set_cpu_launcher("tiles")
+
+
+@pytest.fixture(params=["tiles", "portable", "library"])
+def launcher(request: pytest.FixtureRequest, cpu_launcher: Callable[[str], None]) -> Iterator[str]:
+    """The CPU backend, the same without micro-kernels, and torch's own ops in its place."""
+    rasa_ext._C.set_portable(request.param == "portable")
+    cpu_launcher("library" if request.param == "library" else "tiles")
+    yield request.param
+    rasa_ext._C.set_portable(False)

@@ -24,9 +24,13 @@ def dtypes_id(dtypes: tuple[torch.dtype, torch.dtype]) -> str:
     return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def randn(*size: int, dtype: torch.dtype, strided: bool = False, device: str = "cpu") -> Tensor:
+def randn(
+    *size: int, dtype: torch.dtype, strided: bool = False, device: str | None = None
+) -> Tensor:
     """A normal matrix; strided: a slice of a wider one that holds NaN beside it."""
-    values = torch.randn(*size, dtype=torch.float64).to(dtype).to(device)
+    device = device or str(torch.get_default_device())
+    # Drawn on the CPU: the same numbers for every device.
+    values = torch.randn(*size, dtype=torch.float64, device="cpu").to(dtype).to(device)
     if not strided or len(size) < 2:
         return values
     wide = torch.full((size[0], size[1] + 5), float("nan"), dtype=dtype, device=device)
@@ -34,13 +38,12 @@ def randn(*size: int, dtype: torch.dtype, strided: bool = False, device: str = "
     return wide[:, 2 : 2 + size[1]]
 
 
-def adapter_of(case: Case, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+def adapter_of(case: Case, dtype: torch.dtype, device: str | None = None) -> list[Tensor]:
     """A, A_shared, Bt, Bt_shared, d."""
     Rp, Rs, K, N = case.Rp, case.Rs, case.K, case.N
 
     def scaled(rows: int, cols: int, scale: float) -> Tensor:
-        t = randn(rows, cols, dtype=torch.float64) * scale
-        return t.to(dtype).to(device)
+        return (randn(rows, cols, dtype=torch.float64, device=device) * scale).to(dtype)
 
     return [
         scaled(Rp, K, K**-0.5),
@@ -56,11 +59,11 @@ def linear_inputs(
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
     bias: bool = True,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> list[Tensor | None]:
     """The tensors of LINEAR_NAMES."""
     x = randn(case.M, case.K, dtype=dtype, strided=case.strided, device=device)
-    weight = (randn(case.N, case.K, dtype=torch.float64) * case.K**-0.5).to(dtype).to(device)
+    weight = (randn(case.N, case.K, dtype=torch.float64, device=device) * case.K**-0.5).to(dtype)
     b = randn(case.N, dtype=dtype, device=device) if bias else None
     return [x, weight, b, *adapter_of(case, adapter_dtype, device)]
 
@@ -78,7 +81,7 @@ def sibling_inputs(
 
 
 def add_inputs(
-    case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str = "cpu"
+    case: Case, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str | None = None
 ) -> list[Tensor]:
     """The tensors of ADD_NAMES."""
     x = randn(case.M, case.K, dtype=dtype, strided=case.strided, device=device)
@@ -86,5 +89,5 @@ def add_inputs(
     return [x, base, *adapter_of(case, adapter_dtype, device)]
 
 
-def new_seed(value: int = 0x1234_5678_9ABC_DEF0, device: str = "cpu") -> Tensor:
+def new_seed(value: int = 0x1234_5678_9ABC_DEF0, device: str | None = None) -> Tensor:
     return torch.tensor(value, device=device)

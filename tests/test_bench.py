@@ -14,6 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench  # noqa: E402
 import layer  # noqa: E402
+import merge  # noqa: E402
 import peak_memory  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
@@ -104,6 +105,23 @@ def test_layer_command_writes_table_and_json(tmp_path, monkeypatch, capsys):
     record = json.loads(path.read_text())
     assert [result["dtype"] for result in record["results"]] == ["float32", "bfloat16"]
     assert set(record["results"][0]["us"]) == set(peers.PEERS)
+
+
+def test_merge_command_writes_table_and_json(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "merge.json"
+    monkeypatch.setattr(merge, "SHAPES", {"q_proj": (16, 24), "down_proj": (40, 16)})
+    run(monkeypatch, "merge", "--layers", 3, "--rounds", 1, "--dtype", "bf16", "--json", path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(f"| {peer} | bfloat16 |" in printed for peer in merge.PEERS)
+    (result,) = json.loads(path.read_text())["results"]
+    assert set(result["seconds"]) == set(merge.PEERS)
+
+
+def test_a_merge_that_is_wrong_is_not_timed(monkeypatch):
+    monkeypatch.setattr(merge, "SHAPES", {"q_proj": (16, 24)})
+    monkeypatch.setattr(merge, "merge_by_op", lambda layers: None)
+    with pytest.raises(SystemExit, match="bench: op is wrong: error .* against float64"):
+        merge.measure(torch.float32, 2, 2, 1, 1)
 
 
 def test_shape_and_peers_are_checked(monkeypatch, capsys):

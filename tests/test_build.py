@@ -275,3 +275,13 @@ def test_one_openmp_runtime_is_loaded():
         file for file in files if Path(file).name.startswith(("libgomp", "libiomp", "libomp"))
     }
     assert len(runtimes) == 1
+
+
+def test_gpu_check_on_a_machine_without_a_gpu_says_so_and_fails(tmp_path):
+    write_script(tmp_path / "nvidia-smi", "exit 9")
+    environ = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    run = subprocess.run(
+        ["make", "-s", "gpu-check"], cwd=ROOT, env=environ, capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert run.stdout == "gpu-check: FAILED: this machine has no NVIDIA GPU\n"

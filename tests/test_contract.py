@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rasa_ext import RaSALinear, SharedPool, rasa_add, rasa_linear
 
+pytestmark = pytest.mark.usefixtures("device")
+
+
 OPS = torch.ops.rasa_ext
 CASE = Case("contract", 12, 16, 24, 3, 6)
 SIBLINGS = [CASE, Case("more", 12, 16, 10, 0, 5), Case("base", 12, 16, 9, 0, 0)]
@@ -61,17 +64,20 @@ def test_opcheck(op, dtypes, p):
         torch.library.opcheck(getattr(OPS, op).default, with_grad(args))
 
 
+@pytest.mark.cpu
 def test_every_op_has_every_kernel():
     names = [n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if "rasa_ext::" in n]
     assert sorted(names) == [
-        "dropout_mask", "grouped_gemm", "rasa_add", "rasa_backward", "rasa_linear", "rasa_linears"
+        "dropout_mask", "grouped_gemm", "rasa_add", "rasa_backward", "rasa_delta_weights",
+        "rasa_grouped_backward", "rasa_grouped_linear", "rasa_linear", "rasa_linears",
+        "rasa_merge_", "rasa_pool_gradients_",
     ]  # fmt: skip
     names.remove("rasa_linear")  # one layer of rasa_linears, on any device
     keys = {"cpu": "CPU", "cuda": "CUDA"}
     for name in names:
         for key in [keys[backend] for backend in BACKENDS] + ["Meta"]:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rasa_ext::{name}", key), name
-    for name in ("rasa_linears", "rasa_add"):
+    for name in ("rasa_linears", "rasa_add", "rasa_grouped_linear"):
         for key in ("AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"):
             assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(
                 f"rasa_ext::{name}", key
@@ -116,10 +122,10 @@ def test_a_compiled_layer_trains_in_one_graph():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_runs_in_its_dtype_and_returns_float32_gradients(dtype):
+def test_autocast_runs_in_its_dtype_and_returns_float32_gradients(dtype, device):
     layer = make_layer()
     x = torch.randn(7, 16, requires_grad=True)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device, dtype=dtype):
         y = layer(x)
         cast = [layer.base_layer.weight.to(dtype), layer.base_layer.bias.to(dtype)]
         adapter = (layer.A, layer.pool.A_shared, layer.Bt, layer.pool.Bt_shared, layer.d)
@@ -181,6 +187,7 @@ def allocated(fn) -> int:
     return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtypes", [DTYPES[1], DTYPES[2], DTYPES[5]], ids=dtypes_id)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_no_temporary_grows_with_the_tokens_but_the_results_and_the_ranks(dtypes, p):

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from rasa_ext import dropout_mask, rasa_add
 
+pytestmark = pytest.mark.usefixtures("device")
+
+
 KEYS = (0x9E3779B9, 0xBB67AE85)
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 DRAWS = 2**15
@@ -99,6 +102,7 @@ def test_p_zero_is_an_exact_no_op(dtypes):
     assert torch.equal(rasa_add(*inputs, p=0.0, seed=new_seed()), rasa_add(*inputs))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_mask_does_not_depend_on_the_number_of_threads(threads):
     before = torch.get_num_threads()

@@ -153,6 +153,40 @@ def test_ctrl_c_from_outside_ends_without_a_traceback(model_folder, tmp_path):
     assert (tmp_path / "adapter.safetensors").is_file()
 
 
+@pytest.mark.parametrize("method", ["l1ra", "rasa+l1ra"])
+def test_ranks_that_move_survive_an_interruption_and_a_reload(
+    method, model_folder, tmp_path, monkeypatch
+):
+    draw = GsmSymbolic.training_batch
+
+    def draw_and_interrupt(data, step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(data, step)
+
+    # The gates go down to zero within a few steps, those that the loss does not hold up.
+    options = ("--method", method, "--l1", "1", "--gate-lr", "0.2")
+    run_here(monkeypatch, model_folder, tmp_path / "through", *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(GsmSymbolic, "training_batch", draw_and_interrupt)
+        with pytest.raises(SystemExit):
+            run_here(patch, model_folder, tmp_path / "resumed", *options)
+    run_here(monkeypatch, model_folder, tmp_path / "resumed", *options, "--resume")
+
+    through, resumed = (
+        load_file(tmp_path / f / "adapter.safetensors") for f in ("through", "resumed")
+    )
+    assert through.keys() == resumed.keys()
+    assert all(torch.equal(through[name], resumed[name]) for name in through)
+    reports = [
+        json.loads((tmp_path / folder / "ranks.json").read_text())
+        for folder in ("through", "resumed")
+    ]
+    assert reports[0] == reports[1]
+    assert len(set(reports[0]["history"][-1]["private"].values())) > 1
+    assert (tmp_path / "through" / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_interrupt_before_training_saves_a_state_that_resumes(
     finished, model_folder, tmp_path, monkeypatch
 ):

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from rasa_ext import grouped_gemm
 
+pytestmark = pytest.mark.usefixtures("device")
+
+
 # (M, N, [K of each segment])
 PROBLEMS = [
     (130, 70, [96]),
@@ -105,6 +108,20 @@ def test_224_problems_in_one_call():
     B = [randn(12, 24, dtype=torch.float32) for _ in range(224)]
     for C, a, b in zip(grouped_gemm("TN", A, B), A, B, strict=True):
         assert_accurate(C, a.T @ b, a.double().T @ b.double())
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
+def test_40_segments_with_scales_of_their_own_are_one_sum(dtypes, micro_kernel):
+    """A pool's gradient: a segment for each of its layers, each with its own number of tokens."""
+    dtype, other = dtypes
+    Ks = [(7 * i) % 90 for i in range(40)]
+    A = [randn(K, 30, dtype=dtype) for K in Ks]
+    B = [randn(K, 200, dtype=dtype) for K in Ks]
+    scale_m = [randn(30, dtype=other) if i % 5 else None for i in range(40)]
+    arguments = [A, B, [40], [randn(30, 200, dtype=other)], scale_m, []]
+    (C,) = grouped_gemm("TN", *arguments, out_dtype=other)
+    (exact,), (plain,) = formula("TN", *in_float64(arguments)), formula("TN", *arguments)
+    assert_accurate(C, plain, exact, dtype=dtype)
 
 
 def test_no_problems_give_no_results():

@@ -27,6 +27,8 @@ from rasa_ext.injection import apply
 from rasa_ext.module import RaSALinear
 from rasa_ext.weights import merge, unmerge
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.mark.parametrize("base", ["linear", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from rasa_ext.module import RaSALinear, SharedPool
 from rasa_ext.ops import dropout_mask
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Pair(nn.Module):
     """Two layers and the pool they share, as apply() leaves a model."""
@@ -215,10 +217,10 @@ def test_compiles_to_one_graph_for_any_number_of_tokens(k: int, dropout: float) 
 
 
 @pytest.mark.parametrize("base", ["linear", "conv1d"])
-def test_autocast_gives_the_dtype_of_the_base(base: str) -> None:
+def test_autocast_gives_the_dtype_of_the_base(base: str, device: str) -> None:
     layer = make_layer(base=nn.Linear(K, N) if base == "linear" else Conv1D(N, K))
 
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         y = layer(torch.randn(5, K))
         assert y.dtype == layer.base_layer(torch.randn(5, K)).dtype
     y.sum().backward()
@@ -249,10 +251,10 @@ def test_delta_weight_is_what_forward_adds(base: str, k: int) -> None:
     assert torch.equal(layer.weight, layer.base_layer.weight + in_layout)
 
 
-def test_delta_weight_is_float32_even_under_autocast() -> None:
+def test_delta_weight_is_float32_even_under_autocast(device: str) -> None:
     layer = make_layer()
     expected = layer.delta_weight()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(layer.delta_weight(), expected)
 
     assert layer.bfloat16().delta_weight().dtype == torch.float32

@@ -20,6 +20,9 @@ from torch import Tensor
 import rasa_ext
 from rasa_ext import rasa_add, rasa_linear
 
+pytestmark = pytest.mark.usefixtures("device")
+
+
 CASE = Case("train", 130, 96, 80, 7, 30)
 SMALL = Case("small", 5, 6, 4, 2, 3)
 
@@ -51,6 +54,7 @@ def test_add_and_its_gradients_equal_the_authors_formula(case, dtypes, p, device
     )
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_a_cpu_without_micro_kernels_computes_the_same_formula(case, dtypes):
@@ -199,6 +203,7 @@ def test_tiny_weights_do_not_underflow(dtypes):
     compare_with_float64(rasa_add, lambda *t: authors_add(*t, p=0.0, seed=None), inputs, ADD_NAMES)
 
 
+@pytest.mark.cpu
 def test_many_numbers_of_tokens_do_not_grow_the_process():
     """The library keeps a kernel for every shape and stride it has seen."""
 
@@ -217,6 +222,7 @@ def test_many_numbers_of_tokens_do_not_grow_the_process():
     assert run(range(2, 3000, 30)) - before < 24 * 2**20
 
 
+@pytest.mark.cpu
 def test_switching_onednn_off_and_on_again():
     inputs = add_inputs(CASE, torch.bfloat16, torch.bfloat16)
     y = rasa_add(*inputs)
@@ -228,6 +234,7 @@ def test_switching_onednn_off_and_on_again():
     assert torch.equal(rasa_add(*inputs), y)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
 def test_results_do_not_depend_on_the_number_of_threads(dtypes, threads):
@@ -249,6 +256,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtypes, threads):
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
 def test_a_linear_layer_repeats_itself_at_any_number_of_threads(dtypes, threads):

@@ -1,8 +1,10 @@
 // The CPU launcher: lays out memory, packs the small operands, and deals tiles to threads.
 //
 // NT and NN groups run together, token tile by token tile, so that s and g are still in cache when
-// the next group reads them. TN groups are cut by columns of features, each tile summing over all
-// tokens: no partial sums, so the result does not depend on the number of threads.
+// the next group reads them; layers that do not read each other's results are dealt out as separate
+// chains of problems. TN groups run one after the other and are cut by columns of features, each
+// tile summing over all tokens: no partial sums, so the result does not depend on the number of
+// threads.
 #include "grouped_gemm.h"
 
 #include <ATen/Parallel.h>
@@ -40,26 +42,28 @@ class Phase {
     pack_all();
   }
 
-  void run_rows(bool fused, char* scratch) {
-    // In a fused phase all problems have the same rows, and one task runs a row tile through all of
-    // them.
+  void run_rows(char* scratch) {
+    // One task runs a row tile through all problems of its chain.
+    const std::vector<std::vector<size_t>> chains = independent_chains();
     std::vector<int64_t> first_task = {0};
     int64_t flops = 0;
-    for (const Item& item : items_) {
-      flops += item.flops;
-      first_task.push_back(first_task.back() + ceil_div(item.problem->M, kTileRows));
-    }
-    const int64_t num_tasks = fused ? ceil_div(items_[0].problem->M, kTileRows) : first_task.back();
-    for_tasks(num_tasks, flops, scratch, [&](int64_t task, const Scratch& mine) {
-      if (fused) {
-        for (const Item& item : items_) {
-          runner_.row_tile(item.layout, *item.problem, packed_of(item), task * kTileRows, mine);
-        }
-        return;
+    for (const std::vector<size_t>& chain : chains) {
+      int32_t rows = 0;
+      for (const size_t i : chain) {
+        rows = std::max(rows, items_[i].problem->M);
+        flops += items_[i].flops;
       }
-      const size_t i = index_of(first_task, task);
-      runner_.row_tile(items_[i].layout, *items_[i].problem, packed_of(items_[i]),
-                       (task - first_task[i]) * kTileRows, mine);
+      first_task.push_back(first_task.back() + ceil_div(rows, kTileRows));
+    }
+    for_tasks(first_task.back(), flops, scratch, [&](int64_t task, const Scratch& mine) {
+      const size_t c = index_of(first_task, task);
+      const int64_t m0 = (task - first_task[c]) * kTileRows;
+      for (const size_t i : chains[c]) {
+        const Item& item = items_[i];
+        if (m0 < item.problem->M) {
+          runner_.row_tile(item.layout, *item.problem, packed_of(item), m0, mine);
+        }
+      }
     });
   }
 
@@ -104,6 +108,43 @@ class Phase {
     int64_t flops;
   };
 
+  // Whether rows of one problem's result are rows that another, later one reads.
+  bool reads(const Problem& reader, const Problem& writer) const {
+    const auto starts_in = [&](const Matrix& matrix, const Block& written) {
+      if (matrix.num_blocks == 0 || !written.ptr) return false;
+      const char* first = static_cast<const char*>(written.ptr);
+      const int64_t elements = (int64_t{written.rows} - 1) * written.ld + writer.N;
+      const char* data = static_cast<const char*>(program_.blocks[matrix.first_block].ptr);
+      return first <= data && data < first + elements * element_size(writer.C.dtype);
+    };
+    for (int32_t b = 0; b < writer.C.num_blocks; ++b) {
+      const Block& written = program_.blocks[writer.C.first_block + b];
+      if (starts_in(reader.C_in, written)) return true;
+      for (int32_t i = 0; i < reader.num_segments; ++i) {
+        if (starts_in(program_.segments[reader.first_segment + i].A, written)) return true;
+      }
+    }
+    return false;
+  }
+
+  // The problems, in order, by chains that read no other chain's results.
+  std::vector<std::vector<size_t>> independent_chains() const {
+    std::vector<size_t> first_of(items_.size());  // each problem's chain, named by its first
+    for (size_t j = 0; j < items_.size(); ++j) {
+      first_of[j] = j;
+      for (size_t i = 0; i < j; ++i) {
+        if (first_of[i] == first_of[j] || !reads(*items_[j].problem, *items_[i].problem)) continue;
+        const size_t joined = std::min(first_of[i], first_of[j]);
+        const size_t left = std::max(first_of[i], first_of[j]);
+        std::replace(first_of.begin(), first_of.begin() + j + 1, left, joined);
+      }
+    }
+    std::vector<std::vector<size_t>> chains(items_.size());
+    for (size_t i = 0; i < items_.size(); ++i) chains[first_of[i]].push_back(i);
+    std::erase_if(chains, [](const std::vector<size_t>& chain) { return chain.empty(); });
+    return chains;
+  }
+
   static int64_t num_row_blocks(const Problem& p) { return ceil_div(p.M, kWgradRows); }
   static int64_t num_column_blocks(const Problem& p) { return ceil_div(p.N, kWgradColumns); }
   static size_t index_of(const std::vector<int64_t>& first, int64_t task) {
@@ -120,7 +161,7 @@ class Phase {
     for (int32_t i = 0; i < p.num_segments; ++i) {
       const Segment& s = segment(item, i);
       item.flops += int64_t{2} * p.M * p.N * s.K;
-      packed_.push_back({nullptr, runner_.packed_ld(layout, p)});
+      packed_.push_back({nullptr, runner_.packed_ld(layout, p, s)});
       offsets_.push_back(bytes);
       bytes += round_up(runner_.packed_bytes(layout, p, s), kAlignment);
     }
@@ -185,10 +226,10 @@ void grouped_gemm(const Program& program) {
   for (size_t begin = 0; begin < num_groups;) {
     const bool by_rows = program.groups[begin].layout != Layout::kTN;
     size_t end = begin + 1;
-    while (end < num_groups && (program.groups[end].layout != Layout::kTN) == by_rows) ++end;
+    while (by_rows && end < num_groups && program.groups[end].layout != Layout::kTN) ++end;
     Phase phase(program, runner, begin, end);
     if (by_rows) {
-      phase.run_rows(end - begin > 1, static_cast<char*>(scratch.get()));
+      phase.run_rows(static_cast<char*>(scratch.get()));
     } else {
       phase.run_wgrad(static_cast<char*>(scratch.get()));
     }

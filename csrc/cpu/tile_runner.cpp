@@ -109,13 +109,15 @@ void TileRunner::store_scale(void* scale, int64_t i, double value) const {
 // Packing the small operand
 // ---------------------------------------------------------------------------------------------------------------------
 
-int64_t TileRunner::packed_ld(Layout layout, const Problem& p) const {
-  return layout == Layout::kTN ? kWgradDepth : round_up(p.N, 16);
+int64_t TileRunner::packed_ld(Layout layout, const Problem& p, const Segment& s) const {
+  if (layout != Layout::kTN) return round_up(p.N, 16);
+  // Where the reduction is over ranks, blocks of the full depth would be mostly padding.
+  return std::min<int64_t>(kWgradDepth, round_up(s.K, 16));
 }
 
 int64_t TileRunner::packed_bytes(Layout layout, const Problem& p, const Segment& s) const {
   const int64_t rows = layout == Layout::kTN ? ceil_div(s.K, kWgradDepth) * p.M : round_up(s.K, 2);
-  return rows * packed_ld(layout, p) * compute_size();
+  return rows * packed_ld(layout, p, s) * compute_size();
 }
 
 int64_t TileRunner::num_pack_jobs(Layout layout, const Problem& p, const Segment& s) const {
@@ -175,7 +177,7 @@ void TileRunner::pack(Layout layout, const Problem& p, const Segment& s, Packed 
     }
   };
   if (layout == Layout::kTN) {
-    const int64_t block = row0 / kWgradDepth * p.M * kWgradDepth;
+    const int64_t block = row0 / kWgradDepth * p.M * packed.ld;
     char* dst = packed.data + (block + row0 % kWgradDepth) * compute_size();
     for (int64_t c = 0; c < cols; c += kTileDepth) {
       point_at_rows(c);
@@ -393,14 +395,15 @@ void TileRunner::wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, 
     for (int64_t k0 = 0; k0 < s.K; k0 += kWgradDepth) {
       const int64_t depth = std::min<int64_t>(kWgradDepth, s.K - k0);
       const Tile b = stream_columns(p, s, k0, depth, n0, cols, scratch);
-      const char* a = packed[i].data + (k0 / kWgradDepth * p.M + m0) * kWgradDepth * compute_size();
+      const int64_t ld = packed[i].ld;
+      const char* a = packed[i].data + (k0 / kWgradDepth * p.M + m0) * ld * compute_size();
       // A converted tile is zero up to a multiple of 16 tokens, as packed A is; one read in place
       // ends where it ends.
       const bool converted = b.data == scratch.operand;
       const int64_t whole = converted ? round_up(depth, 16) : depth;
       for (int64_t k = 0; k < whole;) {
         const int64_t piece = converted ? whole : largest_piece(whole - k, kWgradDepth);
-        tile_gemm(compute_, rows, cols, piece, a + k * compute_size(), packed[i].ld,
+        tile_gemm(compute_, rows, cols, piece, a + k * compute_size(), ld,
                   b.data + k * b.ld * compute_size(), b.ld, out, kWgradColumns, add || k0 + k > 0);
         k += piece;
       }

@@ -25,8 +25,8 @@ constexpr int64_t kWgradColumns = 96;
 constexpr int64_t kWgradDepth = 128;
 
 // The small operand of one segment, packed: B (K,N) in NT and NN; in TN op(A) in blocks (M,
-// kWgradDepth), one after the other: a row stride of K would make new micro-kernels for every
-// number of tokens, and the library keeps them all.
+// kWgradDepth), one after the other, less deep only where K is shorter: a row stride of K would
+// make new micro-kernels for every number of tokens, and the library keeps them all.
 struct Packed {
   char* data;
   int64_t ld;
@@ -51,7 +51,7 @@ class TileRunner {
   static Scratch scratch_at(char* memory);
 
   int64_t packed_bytes(Layout layout, const Problem& p, const Segment& s) const;
-  int64_t packed_ld(Layout layout, const Problem& p) const;
+  int64_t packed_ld(Layout layout, const Problem& p, const Segment& s) const;
   // A packing job is 16 rows of the operand as stored; jobs are independent.
   int64_t num_pack_jobs(Layout layout, const Problem& p, const Segment& s) const;
   void pack(Layout layout, const Problem& p, const Segment& s, Packed packed, int64_t job) const;

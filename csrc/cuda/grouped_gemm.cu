@@ -68,7 +68,7 @@ cudaError_t launch(const Launch& launch, int device, cudaStream_t stream) {
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
   cudaError_t error = allow_shared_memory(kernel, launch, device);
   if (error == cudaSuccess) {
-    void* arguments[] = {const_cast<void*>(static_cast<const void*>(&launch.args))};
+    void* arguments[] = {const_cast<KernelArgs*>(launch.args.operator->())};
     error = cudaLaunchKernel(kernel, dim3(launch.grid), dim3(launch.threads), arguments,
                              launch.smem_bytes, stream);
   }

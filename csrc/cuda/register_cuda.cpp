@@ -72,7 +72,7 @@ void run_kernels(const Program& program) {
           at::empty({group_plan.workspace_bytes}, at::TensorOptions(device).dtype(at::kByte));
     }
     for (Launch& l : group_plan.launches) {
-      l.args.workspace = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
+      l.args->workspace = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
       check_launch(launch(l, device.index(), stream),
                    "kernel " + kernel_name(l.config, l.element, l.has_dropout), device);
     }

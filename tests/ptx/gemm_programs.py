@@ -207,17 +207,16 @@ def _segments() -> list[Group]:
 
 
 def _walks(R: int, dtype: torch.dtype, smem_bytes: int = LARGE_SMEM) -> list[Group]:
-    """Several tiles and columns to a block, in problems of two shapes."""
+    """Several tiles, columns and problems to a block."""
+    types = (dtype, dtype, Device(num_sms=1, smem_bytes=smem_bytes))
     name = f"walk-R{R}-{NAMES[dtype]}-{smem_bytes // 1024}KiB"
-    shapes = ((300, 264), (136, 200))
 
     def expands() -> list[ProblemCase]:
-        return [expand(Maker(dtype), M, N, R) for M, N in shapes]
+        return [expand(Maker(dtype), M, N, R) for M, N in ((136, 264), (100, 40))]
 
     def merges() -> list[ProblemCase]:
-        return [merge(Maker(dtype), N, K, R) for N, K in ((300, 264), (200, 136))]
+        return [merge(Maker(dtype), N, K, R) for N, K in ((168, 264), (168, 40))]
 
-    types = (dtype, dtype, Device(smem_bytes=smem_bytes))
     return [
         Group(f"expand-{name}", "NN", expands, *types),
         Group(f"expand-drop-{name}", "NN", lambda: [dropped(c) for c in expands()], *types),
@@ -352,9 +351,9 @@ GROUPS: list[Group] = [
     *(g for dtype in (BF16, F16) for s in (SMALL_SMEM, LARGE_SMEM) for g in _walks(156, dtype, s)),
     Group("wide-sums", "TN", lambda: _wide_sums(BF16)),
     Group("wide-sums-f16", "TN", lambda: _wide_sums(F16), F16, F16),
-    *_forms("R156-tall", 156, 300, 328, Maker),
-    *_forms("R156-tall-f16", 156, 264, 136, lambda: Maker(F16)),
-    *_forms("R156-f32-adapter", 156, 136, 136, lambda: Maker(BF16, F32)),
+    *_forms("R156-tall", 156, 264, 264, Maker),
+    *_forms("R156-tall-f16", 156, 136, 136, lambda: Maker(F16)),
+    *_forms("R156-f32-adapter", 156, 136, 72, lambda: Maker(BF16, F32)),
     Group("shrink-drop-tall", "NT", lambda: [dropped(shrink(Maker(), 264, 72, 156))]),
     Group(
         "shrink-drop-tall-f16", "NT", lambda: [dropped(shrink(Maker(F16), 264, 72, 156))], F16, F16
