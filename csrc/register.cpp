@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "autocast.h"
+#include "checks.h"
 #include "cpu/dropout_mask.h"
 #include "cpu/launch.h"
 #include "cpu/micro_kernel.h"
@@ -50,11 +51,23 @@ Tensor empty_s(const Tensor& x, at::TensorList d) {
   return at::empty_symint({x.sym_size(0), columns}, x.options());
 }
 
+// One tensor on the meta device is enough to be sent here: the others may be real.
+void check_devices(const char* op, at::TensorList tensors, const char* name, const Tensor& x) {
+  for (const Tensor& t : tensors) check_device(op, t, name, x);
+}
+
 std::tuple<std::vector<Tensor>, Tensor> rasa_linears_meta(
     const Tensor& x, at::TensorList weight, const OptionalTensorList& bias, at::TensorList A,
     at::TensorList A_shared, at::TensorList Bt, at::TensorList Bt_shared, at::TensorList d, double,
     const OptionalTensor&) {
   check_linears_lists(weight.size(), bias.size(), {A, A_shared, Bt, Bt_shared, d});
+  const char* op = weight.size() == 1 ? "rasa_linear" : "rasa_linears";
+  check_devices(op, weight, "weight", x);
+  check_devices(op, A, "A", x);
+  check_devices(op, A_shared, "A_shared", x);
+  check_devices(op, Bt, "Bt", x);
+  check_devices(op, Bt_shared, "Bt_shared", x);
+  check_devices(op, d, "d", x);
   std::vector<Tensor> y;
   for (const Tensor& w : weight) {
     y.push_back(at::empty_symint({x.sym_size(0), w.sym_size(0)}, x.options()));
@@ -62,9 +75,17 @@ std::tuple<std::vector<Tensor>, Tensor> rasa_linears_meta(
   return {std::move(y), empty_s(x, d)};
 }
 
-std::tuple<Tensor, Tensor> rasa_add_meta(const Tensor& x, const Tensor& base, const Tensor&,
-                                         const Tensor&, const Tensor&, const Tensor&,
-                                         const Tensor& d, double, const OptionalTensor&) {
+std::tuple<Tensor, Tensor> rasa_add_meta(const Tensor& x, const Tensor& base, const Tensor& A,
+                                         const Tensor& A_shared, const Tensor& Bt,
+                                         const Tensor& Bt_shared, const Tensor& d, double,
+                                         const OptionalTensor&) {
+  constexpr const char* op = "rasa_add";
+  check_devices(op, base, "base", x);
+  check_devices(op, A, "A", x);
+  check_devices(op, A_shared, "A_shared", x);
+  check_devices(op, Bt, "Bt", x);
+  check_devices(op, Bt_shared, "Bt_shared", x);
+  check_devices(op, d, "d", x);
   return {at::empty_symint(base.sym_sizes(), x.options()), empty_s(x, d)};
 }
 

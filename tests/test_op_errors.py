@@ -185,3 +185,12 @@ def test_a_row_stride_beyond_32_bits_is_refused():
     wide = torch.empty(2**31 + 7, dtype=torch.float16).as_strided((2, 7), (2**31, 1))
     with raises("grouped_gemm: a row stride must be below 2^31, got 2147483648"):
         grouped_gemm("NN", [wide], [torch.ones(7, 3, dtype=torch.float16)])
+
+
+@pytest.mark.parametrize("name", ["weight", "A", "A_shared", "Bt", "Bt_shared", "d"])
+def test_one_tensor_on_the_meta_device_is_named(name):
+    inputs = linear_inputs(CASE, torch.float32, torch.float32)
+    i = LINEAR_NAMES.index(name)
+    inputs[i] = inputs[i].to("meta")
+    with raises(f"rasa_linear: {name} must be on x's device cpu, got meta"):
+        rasa_linear(*inputs)
