@@ -133,7 +133,7 @@ class GemmTile {
     }
   }
   __device__ void multiply_panel(Accumulators& acc, int slot) {
-    if constexpr (kDropout) seed_ = static_cast<uint64_t>(*only_segment().seed);
+    if constexpr (kDropout) read_seed(only_segment());
     const int K = only_segment().K;
 #pragma unroll
     for (int kk = 0; kk < kBlockK / 16; ++kk) {
@@ -228,9 +228,14 @@ class GemmTile {
                                                           segment.B);
   }
 
+  // A problem without dropout, whose threshold keeps all, has no seed.
+  __device__ void read_seed(const SegmentArg& segment) {
+    seed_ = problem_.drop_threshold > 0 ? static_cast<uint64_t>(*segment.seed) : 0;
+  }
+
   // acc += op(A_s) · scale_k ∘ op(B_s), over the k blocks of `range`.
   __device__ void add_segment(Accumulators& acc, const SegmentArg& segment, const KRange& range) {
-    if constexpr (kDropout) seed_ = static_cast<uint64_t>(*segment.seed);
+    if constexpr (kDropout) read_seed(segment);
     __syncthreads();  // the tables and stages of the segment or tile before are read
     write_fixed_rows(segment);
     // kStages - 1 turns that only load come first: one loop, so the loads' code exists once.

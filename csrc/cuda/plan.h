@@ -43,6 +43,7 @@ class GroupPlanner {
 
   // Problems of one group do not depend on each other: those of one kernel are launched together.
   GroupPlan plan() {
+    choose_kernels();
     for (int config = 0; config < kNumConfigs; ++config) {
       for (const bool has_dropout : {false, true}) {
         kernel_ = {static_cast<ConfigId>(config), has_dropout};
@@ -61,6 +62,9 @@ class GroupPlanner {
   struct Kernel {
     ConfigId config;
     bool has_dropout;
+    bool operator==(const Kernel& other) const {
+      return config == other.config && has_dropout == other.has_dropout;
+    }
   };
 
   // Segments of a problem that one launch computes.
@@ -80,23 +84,38 @@ class GroupPlanner {
     return program_.segments.data() + p.first_segment;
   }
 
-  bool runs_here(const Problem& p) const {
-    if (p.M == 0 || p.N == 0) return false;
-    const bool drops = p.drop_threshold > 0;
-    const bool dots = p.row_dot != nullptr;
-    ProblemShape shape = {group_.layout, p.M, p.N, 0, p.num_segments, false, dots, drops};
+  const Problem& problem(int32_t i) const { return program_.problems[group_.first_problem + i]; }
+
+  void choose_kernels() {
+    for (int32_t i = 0; i < group_.num_problems; ++i) {
+      kernels_.push_back({config(problem(i)), problem(i).drop_threshold > 0});
+    }
+    // Kernels with dropout run problems without it too. That saves a launch, dBt's beside dA's, and
+    // drawing hides behind DRAM where no two warps draw the same.
+    for (Kernel& kernel : kernels_) {
+      const Kernel other = {kernel.config, true};
+      const bool draws_once = tile_config(kernel.config).warps_m == 1;
+      if (group_.layout == Layout::kTN && draws_once &&
+          std::find(kernels_.begin(), kernels_.end(), other) != kernels_.end()) {
+        kernel.has_dropout = true;
+      }
+    }
+  }
+
+  ConfigId config(const Problem& p) const {
+    ProblemShape shape = {
+        group_.layout,       p.M, p.N, 0, p.num_segments, false, p.row_dot != nullptr,
+        p.drop_threshold > 0};
     for (const Segment* s = segments(p); s < segments(p) + p.num_segments; ++s) {
       shape.max_K = std::max<int64_t>(shape.max_K, s->K);
       shape.scales_segments |= s->scale_m != nullptr && p.num_segments > 1;
     }
-    ConfigId id = select_config(shape, device_.smem_bytes);
-    // The kernels with a scale for each segment take the most arguments.
+    const ConfigId id = select_config(shape, device_.smem_bytes);
     const size_t bytes = ArgsBuilder::num_bytes(p, segments(p), p.num_segments);
-    if (bytes > static_cast<size_t>(arg_bytes(id))) {
-      shape.scales_segments = true;
-      id = select_config(shape, device_.smem_bytes);
-    }
-    return id == kernel_.config && drops == kernel_.has_dropout;
+    if (bytes <= static_cast<size_t>(arg_bytes(id))) return id;
+    // The kernels with a scale for each segment take the most arguments.
+    shape.scales_segments = true;
+    return select_config(shape, device_.smem_bytes);
   }
 
   TileConfig tile() const { return tile_config(kernel_.config); }
@@ -117,8 +136,8 @@ class GroupPlanner {
     std::vector<const Problem*> problems;
     std::vector<SplitWork> work;
     for (int32_t i = 0; i < group_.num_problems; ++i) {
-      const Problem& p = program_.problems[group_.first_problem + i];
-      if (!runs_here(p)) continue;
+      const Problem& p = problem(i);
+      if (p.M == 0 || p.N == 0 || !(kernels_[i] == kernel_)) continue;
       problems.push_back(&p);
       work.push_back({num_tiles(p), num_k(segments(p), p.num_segments)});
     }
@@ -209,7 +228,7 @@ class GroupPlanner {
   // Without columns there is no tile, and row_dot is zero.
   void add_empty_row_dots() {
     for (int32_t i = 0; i < group_.num_problems; ++i) {
-      const Problem& p = program_.problems[group_.first_problem + i];
+      const Problem& p = problem(i);
       if (p.M > 0 && p.N == 0 && p.row_dot != nullptr) add_row_dot(p, 0);
     }
   }
@@ -252,7 +271,8 @@ class GroupPlanner {
   const Group& group_;
   const DeviceInfo device_;
   ArgsBuilder builder_;
-  Kernel kernel_ = {};
+  std::vector<Kernel> kernels_;  // of each problem
+  Kernel kernel_ = {};           // of the launches being filled
   std::vector<Launch> launches_;
   std::vector<Reduction> reductions_;
   int64_t workspace_units_ = 0;

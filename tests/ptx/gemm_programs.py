@@ -197,6 +197,8 @@ def _segments() -> list[Group]:
     forms = [(layout, dtype) for layout in ("NT", "NN", "TN") for dtype in (BF16, F16)]
     return [
         *(group(*form, scaled=False, drops=form[1] is F16, split=False) for form in forms),
+        group("NN", BF16, scaled=False, drops=True, split=False),
+        group("NN", F16, scaled=False, drops=False, split=False),
         *(
             group(*form, scaled=True, drops=drops, split=False)
             for form in forms

@@ -7,7 +7,7 @@ import torch
 
 from ptx.conftest import ModuleLoader, SummaryLines
 from ptx.executor import Module, Options, counter_row, counter_table
-from ptx.gemm_programs import GROUPS, Group, Maker, dropped, expand, merge, shrink, wgrad
+from ptx.gemm_programs import GROUPS, Group, Maker, dotted, dropped, expand, merge, shrink, wgrad
 from ptx.planned_gemm import (
     CSRC,
     KERNELS,
@@ -96,6 +96,18 @@ def test_problems_of_different_shapes_share_a_group(module: Module) -> None:
         return [small, large, wgrad(m, 72, 40, 39, (True, True)), merge(m, 0, 8, 14)]
 
     planned = run_and_check(module, Group("mixed", "TN", make), ADVERSARIAL[1])
+    assert [launch.num_problems for launch in planned.launches] == [2, 1]
+
+
+def test_a_problem_without_dropout_joins_the_launch_of_one_with_it(module: Module) -> None:
+    """dA of dropped x, and dBt."""
+
+    def make() -> list[ProblemCase]:
+        m = Maker()
+        dA, dBt = (wgrad(m, 40, N, 39, (True, True)) for N in (72, 40))
+        return [dropped(dotted(m, dA)), dBt]
+
+    planned = run_and_check(module, Group("joined", "TN", make), ADVERSARIAL[2])
     assert [launch.num_problems for launch in planned.launches] == [2, 1]
 
 
