@@ -127,7 +127,7 @@ __device__ __forceinline__ void scale_tile(char* tile, const TileColumns& column
 #pragma unroll 1
   for (int turn = 0; turn < ceil_div(Layout::kChunks, kThreads); ++turn) {
     int index = threadIdx.x + turn * kThreads;
-    if (kByRow) {
+    if constexpr (kByRow) {
       index = threadIdx.x + turn / Layout::kWide * kThreads + turn % Layout::kWide * kBlock;
     }
     if (index >= Layout::kChunks) break;
