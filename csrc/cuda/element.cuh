@@ -59,6 +59,23 @@ __device__ __forceinline__ float load_scale(const void* scale, int i, DType dtyp
   return to_float(static_cast<const __half*>(scale)[i]);
 }
 
+// 8 factors from i on, of which `count` exist; zeros beyond.
+__device__ __forceinline__ void load_scales_8(float (&v)[8], const void* scale, int i, int count,
+                                              DType dtype) {
+  const uint64_t address = reinterpret_cast<uint64_t>(scale) + int64_t{2} * i;
+  if (dtype != DType::kF32 && count >= 8 && address % 16 == 0) {
+    const uint4 pairs = *reinterpret_cast<const uint4*>(address);
+    if (dtype == DType::kBF16) {
+      unpack_8(v, pairs, __nv_bfloat16());
+    } else {
+      unpack_8(v, pairs, __half());
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v[j] = j < count ? load_scale(scale, i + j, dtype) : 0.0f;
+}
+
 // 4 elements of a row from i on, of which `count` exist; zeros beyond.
 template <class Element>
 __device__ __forceinline__ float4 load_4(uint64_t row, int i, int count, const MatrixArg& matrix) {

@@ -48,21 +48,16 @@ __device__ __forceinline__ bool is_copied(const MatrixArg& matrix) {
   return matrix.is_aligned && !matrix.is_f32;
 }
 
-// v *= scale_k, for the chunk at a row of the tile and a column of the operand.
-__device__ __forceinline__ void scale_chunk(float (&v)[kChunk], int row, int column,
-                                            const TileColumns& columns) {
+// scale_k for the chunk at a row of the tile and a column of the operand; 0 beyond the reduction.
+__device__ __forceinline__ void load_factors(float (&factors)[kChunk], int row, int column,
+                                             const TileColumns& columns) {
   if (columns.scale_by_row) {
     const int k = columns.first_k + row;
     const float factor = k < columns.K ? load_scale(columns.scale_k, k, columns.scale_dtype) : 0.0f;
 #pragma unroll
-    for (float& x : v) x *= factor;
+    for (float& x : factors) x = factor;
   } else {
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j) {
-      if (column + j < columns.K) {
-        v[j] *= load_scale(columns.scale_k, column + j, columns.scale_dtype);
-      }
-    }
+    load_scales_8(factors, columns.scale_k, column, columns.K - column, columns.scale_dtype);
   }
 }
 
@@ -97,7 +92,12 @@ __device__ __forceinline__ void convert_tile(char* tile, const uint64_t* rows,
     const int column = columns.first + c.chunk * kChunk;
     float v[kChunk];
     load_8<Element>(v, row, column, row == 0 ? 0 : columns.limit - column, matrix);
-    if (columns.scale_k != nullptr && row != 0) scale_chunk(v, c.row, column, columns);
+    if (columns.scale_k != nullptr && row != 0) {
+      float factors[kChunk];
+      load_factors(factors, c.row, column, columns);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) v[j] *= factors[j];
+    }
     *reinterpret_cast<uint4*>(tile + Layout::offset(c.row, c.chunk)) = pack_8(v, Element());
   }
 }
@@ -113,18 +113,34 @@ __device__ __forceinline__ void load_tile(char* tile, const uint64_t* rows,
   }
 }
 
-// Each thread scales what it copied itself, so it needs to have waited for no other's copies.
+// Each thread scales what it copied itself, so it needs to have waited for no other's copies. It
+// takes its chunks in an order that has those with the same factors follow each other.
 template <class Layout, int kThreads, class Element>
 __device__ __forceinline__ void scale_tile(char* tile, const TileColumns& columns,
                                            const MatrixArg& matrix) {
   if (columns.scale_k == nullptr || !is_copied(matrix)) return;
-#pragma unroll 2
-  for (int index = threadIdx.x; index < Layout::kChunks; index += kThreads) {
+  constexpr int kBlock = Layout::kWide == 0 ? 0 : 8 * Layout::kRowsOfTile;
+  constexpr bool kByRow =
+      kBlock > 0 && kBlock % kThreads == 0 && Layout::kWide * kBlock == Layout::kChunks;
+  float factors[kChunk];
+  int loaded = -1;
+#pragma unroll 1
+  for (int turn = 0; turn < ceil_div(Layout::kChunks, kThreads); ++turn) {
+    int index = threadIdx.x + turn * kThreads;
+    if constexpr (kByRow) {
+      index = threadIdx.x + turn / Layout::kWide * kThreads + turn % Layout::kWide * kBlock;
+    }
+    if (index >= Layout::kChunks) break;
     const ChunkCoord c = Layout::coord(index);
+    const int column = columns.first + c.chunk * kChunk;
+    const int key = columns.scale_by_row ? c.row : column;
+    if (key != loaded) load_factors(factors, c.row, column, columns);
+    loaded = key;
     uint4* chunk = reinterpret_cast<uint4*>(tile + Layout::offset(c.row, c.chunk));
     float v[kChunk];
     unpack_8(v, *chunk, Element());
-    scale_chunk(v, c.row, columns.first + c.chunk * kChunk, columns);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) v[j] *= factors[j];
     *chunk = pack_8(v, Element());
   }
 }

@@ -21,6 +21,7 @@ template <int kRows, int kCols>
 struct TileLayout {
   static_assert(kCols % 16 == 0 && kRows % 8 == 0, "a tile is cut into 8 x 16 elements at least");
 
+  static constexpr int kRowsOfTile = kRows;
   static constexpr int kChunks = kRows * kCols / kChunk;
   static constexpr int kBytes = kChunks * kChunkBytes;
   static constexpr int kWide = kCols / 64;         // blocks of 64 columns
