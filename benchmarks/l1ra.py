@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -27,6 +26,7 @@ from evaluation import answer_loss, held_out_loss  # noqa: E402
 from gsm_symbolic import GsmSymbolic  # noqa: E402
 from language_model import load_model, load_tokenizer  # noqa: E402
 from smollm2 import model_folder  # noqa: E402
+from training import learning_rate  # noqa: E402
 
 import rasa_ext  # noqa: E402
 
@@ -62,15 +62,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up over a tenth of the steps, then a cosine down to a tenth of --lr."""
-    warmup = max(1, args.steps // 10)
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, args.steps - warmup)
-    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
-
-
 def train(method: str, seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train one method with one seed and return what it came to."""
     to_apply, to_allocate = METHODS[method]
@@ -101,7 +92,8 @@ def train(method: str, seed: int, folder: Path, args: argparse.Namespace) -> dic
     losses, in_allocator, started = [], 0.0, time.perf_counter()
     for step in range(args.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)  # the gates' is constant
-        total, count = answer_loss(model, data.training_batch(step))
+        (batch,) = data.training_batches(step, 1)
+        total, count = answer_loss(model, batch)
         loss = total / count
         loss.backward()
         optimizer.step()

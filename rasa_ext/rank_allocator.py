@@ -62,10 +62,10 @@ class RankAllocator:
 
     `layers` may also be given by name, whole pools at a time. seed: of new ranks.
 
-    Raises ValueError for arguments out of range, for a model without gated layers, for gates that
-    the optimizer does not train, and for a learning-rate schedule made before; TypeError for an
-    optimizer whose state is not kept by rank, by its name, and for sharded adapters: FSDP must
-    leave them out (ignored_params of fully_shard).
+    Raises ValueError for arguments out of range, for a model without gated layers, for gates of 16
+    bits or that the optimizer does not train, and for a learning-rate schedule made before;
+    TypeError for an optimizer whose state is not kept by rank, by its name, and for sharded
+    adapters: FSDP must leave them out (ignored_params of fully_shard).
     """
 
     def __init__(
@@ -331,6 +331,13 @@ def _gated_layers(model: nn.Module | Mapping[str, RaSALinear]) -> dict[str, RaSA
             f"RankAllocator: the layers must have gates, got {got}. Call "
             "rasa_ext.apply(model, ..., gates=True) first"
         )
+    for name, layer in layers.items():
+        # 16 bits would round the proximal steps away: next to 1 they keep steps of 1/256 or 1/2048.
+        if layer.c.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"RankAllocator: gates must be float32 or float64, got {layer.c.dtype} in {name}. "
+                "Leave out apply()'s dtype"
+            )
     return layers
 
 

@@ -24,7 +24,8 @@ def synchronize_gates(gates: Sequence[Tensor], process_group: Any = None) -> Non
         return
     if dist.get_world_size(process_group) == 1:
         return
-    flat = torch.cat([gate.detach().reshape(-1).float() for gate in gates])
+    # float64 holds every gate exactly; layers may lie on several devices.
+    flat = torch.cat([gate.to(gates[0].device, torch.float64) for gate in gates])
     first = flat.clone()
     dist.broadcast(first, group=process_group, group_src=0)
     # One number that is the same on all processes, so that all raise or none.

@@ -39,7 +39,7 @@ class _Output(NamedTuple):
         return (
             now is not None
             and all(a is b for a, b in zip(now, self.operands, strict=True))
-            and ((x._version, x.requires_grad), _state(now)) == self.state
+            and ((x._version, x.requires_grad), _state(member, now)) == self.state
         )
 
 
@@ -80,8 +80,9 @@ def _place(x: Tensor) -> tuple[object, ...]:
     return (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
 
 
-def _state(tensors: Sequence[Tensor | None]) -> tuple[object, ...] | None:
-    """Return what changes when a tensor is written; None if writes leave no trace."""
+def _state(member: RaSALinear, operands: Operands) -> tuple[object, ...] | None:
+    """Return what changes when a tensor of a member is written; None if writes leave no trace."""
+    tensors = (*operands, member._buffers.get("gate_scale"))
     if any(t is not None and t.is_inference() for t in tensors):
         return None
     return tuple(None if t is None else (t._version, t.requires_grad) for t in tensors)
@@ -213,7 +214,7 @@ class SiblingGroup:
             theirs = mine if member is first else member.operands(stored=True)
             if theirs is None or member.drop_rate != p:
                 continue
-            state = _state(theirs)
+            state = _state(member, theirs)
             if state and kind == [(t.dtype, t.device) for t in (theirs.weight, theirs.A)]:
                 family[member] = theirs, state
         if first not in family or len(family) < 2:

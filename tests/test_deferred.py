@@ -190,10 +190,15 @@ class Fan(nn.Module):
 
 
 def test_siblings_share_their_mask_and_are_computed_one_by_one():
-    model = nn.Sequential(*(Fan() for _ in range(3)))
-    apply(model, r=4, k=1, target_modules=("q_proj", "k_proj", "v_proj"), dropout=0.3)
+    model = TinyModel()
+    for block in model.blocks:
+        block.attn = nn.Module()
+        block.attn.q_proj, block.attn.v_proj = nn.Identity(), Fan()
+    targets = ("v_proj.q_proj", "v_proj.k_proj", "v_proj.v_proj")
+    apply(model, r=4, k=1, target_modules=targets, dropout=0.3)
     randomize_adapters(model).double().train()
-    assert model[0].q_proj.siblings is model[0].v_proj.siblings is not None
+    fan = model.blocks[0].attn.v_proj
+    assert fan.q_proj.siblings is fan.v_proj.siblings is not None
     plain = gradients(model)
 
     with Calls() as calls:

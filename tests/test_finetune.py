@@ -157,18 +157,18 @@ def test_ctrl_c_from_outside_ends_without_a_traceback(model_folder, tmp_path):
 def test_ranks_that_move_survive_an_interruption_and_a_reload(
     method, model_folder, tmp_path, monkeypatch
 ):
-    draw = GsmSymbolic.training_batch
+    draw = GsmSymbolic.training_batches
 
-    def draw_and_interrupt(data, step):
+    def draw_and_interrupt(data, step, parts):
         if step == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return draw(data, step)
+        return draw(data, step, parts)
 
     # The gates go down to zero within a few steps, those that the loss does not hold up.
     options = ("--method", method, "--l1", "1", "--gate-lr", "0.2")
     run_here(monkeypatch, model_folder, tmp_path / "through", *options)
     with monkeypatch.context() as patch:
-        patch.setattr(GsmSymbolic, "training_batch", draw_and_interrupt)
+        patch.setattr(GsmSymbolic, "training_batches", draw_and_interrupt)
         with pytest.raises(SystemExit):
             run_here(patch, model_folder, tmp_path / "resumed", *options)
     run_here(monkeypatch, model_folder, tmp_path / "resumed", *options, "--resume")

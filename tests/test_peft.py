@@ -23,6 +23,7 @@ from peft_models import (
     layers,
     logits,
     pools_of,
+    since_peft_0_21,
     trained,
     weights,
 )
@@ -314,6 +315,7 @@ def test_deleting_the_active_adapter_activates_another_and_the_last_leaves_the_b
     assert not [name for name in model.state_dict() if "rasa" in name]
 
 
+@since_peft_0_21
 def test_a_merged_adapter_is_not_deleted() -> None:
     model = two_adapters()
     model.merge_adapter()
@@ -381,6 +383,7 @@ def test_adapters_of_double_models_are_double() -> None:
     assert logits(model).dtype == torch.float64
 
 
+@since_peft_0_21
 def test_a_second_adapter_is_cast_too() -> None:
     model = adapted(dtype=torch.bfloat16)
 
@@ -417,6 +420,7 @@ def test_modules_to_save_train_in_full() -> None:
         assert torch.equal(logits(model), logits(base_model()))
 
 
+@since_peft_0_21
 @pytest.mark.parametrize("bias", ["none", "all", "rasa_only"])
 def test_biases_train_as_in_peft(bias: str) -> None:
     model = adapted("bert", bias=bias, target_modules=["query"])
@@ -432,6 +436,7 @@ def test_biases_train_as_in_peft(bias: str) -> None:
     assert all(trained(model)[name].grad is not None for name in targeted & biases)
 
 
+@since_peft_0_21
 def test_disabling_with_trained_biases_warns() -> None:
     model = adapted("bert", bias="all")
 

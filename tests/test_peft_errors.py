@@ -5,7 +5,16 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from peft_models import adapted, assert_same, base_model, config, layers, logits, weights
+from peft_models import (
+    adapted,
+    assert_same,
+    base_model,
+    config,
+    layers,
+    logits,
+    since_peft_0_21,
+    weights,
+)
 from torch import nn
 
 import rasa_ext
@@ -132,6 +141,7 @@ def test_an_adapter_s_name_is_used_once() -> None:
     assert torch.equal(logits(model), before)
 
 
+@since_peft_0_21
 def test_two_adapters_cannot_train_biases() -> None:
     model = adapted("bert", bias="all")
 
@@ -139,10 +149,7 @@ def test_two_adapters_cannot_train_biases() -> None:
         model.add_adapter("other", config("bert", bias="rasa_only"))
 
 
-@pytest.mark.skipif(
-    not hasattr(peft.tuners.tuners_utils.BaseTuner, "uses_shared_state"),
-    reason="PEFT before 0.21 lets any method be injected without its tuner",
-)
+@since_peft_0_21
 def test_injecting_without_the_tuner_is_refused() -> None:
     with pytest.raises(ValueError, match="uses shared state"):
         peft.inject_adapter_in_model(config(), base_model())

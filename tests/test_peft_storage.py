@@ -22,6 +22,7 @@ from peft_models import (
     logits,
     pools_of,
     reload,
+    since_peft_0_21,
     trained,
     weights,
 )
@@ -51,6 +52,7 @@ def test_saved_bytes_are_trained_bytes(tmp_path, kind: str, k: int) -> None:
     assert len(data) - header == size(tensors.values()) == size(trained(model).values())
 
 
+@since_peft_0_21
 def test_the_state_dict_of_an_adapter_holds_its_tensors_and_no_other() -> None:
     model = adapted()
     model.add_adapter("other", config(k=2))
@@ -62,6 +64,7 @@ def test_the_state_dict_of_an_adapter_holds_its_tensors_and_no_other() -> None:
     assert all(torch.equal(state[name.replace(".other", "")], p) for name, p in own.items())
 
 
+@since_peft_0_21
 def test_each_adapter_has_its_own_folder(tmp_path) -> None:
     model = adapted()
     model.add_adapter("other", config(k=2))
@@ -161,6 +164,7 @@ def test_16_bit_adapters_come_back_in_16_bits(tmp_path) -> None:
         assert_same(weights(loaded), weights(model))
 
 
+@since_peft_0_21
 def test_trained_biases_and_modules_come_back(tmp_path) -> None:
     model = adapted("bert", target_modules=["query"], modules_to_save=["cls"], bias="rasa_only")
     model.save_pretrained(tmp_path)
@@ -277,10 +281,7 @@ def test_a_truncated_file_is_refused(tmp_path) -> None:
         reload(tmp_path)
 
 
-@pytest.mark.skipif(
-    not hasattr(peft.tuners.tuners_utils.BaseTuner, "_get_adapter_state_dict"),
-    reason="PEFT before 0.20 asks no tuner before it saves",
-)
+@since_peft_0_21
 def test_what_could_not_be_loaded_is_not_saved(tmp_path) -> None:
     model = adapted()
     layer = layers(model)[0]

@@ -51,6 +51,20 @@ def test_what_has_no_gates_or_does_not_train_them_is_refused() -> None:
         RankAllocator(gated(), optimizer, every=1)
 
 
+def test_gates_of_16_bits_are_refused() -> None:
+    model = plain().bfloat16()
+    apply(model, k=0, target_modules=PROJECTIONS, gates=True, dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD(trained_parameters(model), lr=0.1)
+
+    with pytest.raises(ValueError) as error:
+        RankAllocator(model, optimizer, every=1)
+
+    assert str(error.value) == (
+        f"RankAllocator: gates must be float32 or float64, got torch.bfloat16 in {LAYER}. "
+        "Leave out apply()'s dtype"
+    )
+
+
 def test_half_a_pool_is_refused() -> None:
     model = gated(k=1)
     optimizer = torch.optim.SGD(trained_parameters(model), lr=0.1)

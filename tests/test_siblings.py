@@ -212,6 +212,22 @@ def test_a_change_between_two_members_is_seen(what):
             assert not torch.equal(y[:, 16:24], model.k_proj(x))
 
 
+def test_a_change_of_the_scale_of_gates_is_seen():
+    model = make_attention(gates=True).eval()
+    x = torch.randn(6, K)
+    assert calls_of(lambda: model(x)) == [3]
+    model.between = lambda x: change_gate_scale(model)
+
+    with torch.no_grad():
+        y = model(x)
+
+    assert torch.equal(y[:, 16:24], model.k_proj.compute(x, 0.0, None))
+
+
+def change_gate_scale(model: Attention) -> None:
+    model.k_proj.gate_scale.mul_(2)
+
+
 @pytest.mark.parametrize("other", [Tensor.clone, Tensor.detach, lambda x: x[:]])
 def test_another_tensor_is_not_x(other):
     model = make_attention()

@@ -108,20 +108,32 @@ class Phase {
     int64_t flops;
   };
 
-  // Whether rows of one problem's result are rows that another, later one reads.
+  // Memory from the first to the last element of a matrix in one piece, or of one block.
+  struct Span {
+    const char *begin, *end;
+
+    Span(const Block& block, int64_t rows, int64_t cols, DType dtype)
+        : begin(static_cast<const char*>(block.ptr)),
+          end(begin + ((rows - 1) * block.ld + cols) * element_size(dtype)) {}
+    bool overlaps(const Span& other) const { return begin < other.end && other.begin < end; }
+  };
+
+  // Whether a problem may read rows that an earlier one writes. Columns of one matrix, side by
+  // side, count as overlapping: that joins two chains, and no more.
   bool reads(const Problem& reader, const Problem& writer) const {
-    const auto starts_in = [&](const Matrix& matrix, const Block& written) {
-      if (matrix.num_blocks == 0 || !written.ptr) return false;
-      const char* first = static_cast<const char*>(written.ptr);
-      const int64_t elements = (int64_t{written.rows} - 1) * written.ld + writer.N;
-      const char* data = static_cast<const char*>(program_.blocks[matrix.first_block].ptr);
-      return first <= data && data < first + elements * element_size(writer.C.dtype);
-    };
     for (int32_t b = 0; b < writer.C.num_blocks; ++b) {
-      const Block& written = program_.blocks[writer.C.first_block + b];
-      if (starts_in(reader.C_in, written)) return true;
+      const Block& block = program_.blocks[writer.C.first_block + b];
+      if (!block.ptr) continue;
+      const Span written(block, block.rows, writer.N, writer.C.dtype);
+      const auto is_written = [&](const Matrix& matrix, int64_t cols) {
+        return matrix.num_blocks > 0 &&
+               Span(program_.blocks[matrix.first_block], reader.M, cols, matrix.dtype)
+                   .overlaps(written);
+      };
+      if (is_written(reader.C_in, reader.N)) return true;
       for (int32_t i = 0; i < reader.num_segments; ++i) {
-        if (starts_in(program_.segments[reader.first_segment + i].A, written)) return true;
+        const Segment& s = program_.segments[reader.first_segment + i];
+        if (is_written(s.A, s.K)) return true;
       }
     }
     return false;

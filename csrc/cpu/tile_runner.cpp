@@ -291,7 +291,9 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
   const bool has_dropout = p.drop_threshold > 0;
   const bool drops_input = has_dropout && layout == Layout::kNT;
   const bool drops_product = has_dropout && layout == Layout::kNN;
-  const bool in_place = accumulates_in_place(p, has_dropout);
+  // Not with C_in in NT, whose padding columns are cleared below.
+  const bool adds_in_NT = layout == Layout::kNT && p.C_in.num_blocks > 0;
+  const bool in_place = accumulates_in_place(p, has_dropout) && !adds_in_NT;
   const TileOps& c_ops = ops(p.C.dtype);
   const int64_t c_size = element_size(p.C.dtype);
 

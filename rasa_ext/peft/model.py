@@ -72,6 +72,12 @@ class RaSAModel(BaseTuner):
                 f"RaSAModel: adapter_name must be new to the model, got {adapter_name!r}. Name "
                 "another, or unload() the model first"
             )
+        bias = self.peft_config[adapter_name].bias
+        if bias != "none" and not hasattr(BaseTuner, "_get_adapter_state_dict"):
+            raise ValueError(
+                f"RaSAModel: bias must be 'none' with PEFT before 0.21, which would not save what "
+                f"trained, got {bias!r}"
+            )
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         names: list[str] = list(self.targeted_module_names)
         # By name: the layer, its parent, and what it replaces there (None: a layer of ours).

@@ -70,17 +70,21 @@ def test_a_split_sum_repeats_bit_by_bit(module: Module, layout: str) -> None:
         assert torch.equal(first, second)
 
 
-def many_merges() -> list[ProblemCase]:
-    """7 kinds × 32 layers, a pool for each kind."""
+def deltas(count: int, N: int) -> list[ProblemCase]:
+    """Merges of many layers, with a pool for each of 7 kinds."""
     m = Maker()
-    pools = [[m.stack(14, 24), m.stack(14, 16)] for _ in range(7)]
-    return [merge(m, 24, 16, 14, pools[i % 7]) for i in range(224)]
+    pools = [[m.stack(14, N), m.stack(14, 16)] for _ in range(7)]
+    return [merge(m, N, 16, 14, pools[i % 7]) for i in range(count)]
 
 
-def test_224_merges_take_two_launches(module: Module) -> None:
-    group = Group("merges", "TN", many_merges)
-    planned = run_and_check(module, group, ADVERSARIAL[0])
+def test_224_merges_take_two_launches() -> None:
+    planned = plan(Group("merges", "TN", lambda: deltas(224, 168)))
     assert [launch.num_problems for launch in planned.launches] == [148, 76]
+
+
+def test_problems_that_fill_one_launch_continue_in_the_next(module: Module) -> None:
+    planned = run_and_check(module, Group("deltas", "TN", lambda: deltas(40, 24)), ADVERSARIAL[0])
+    assert [launch.num_problems for launch in planned.launches] == [18, 18, 4]
 
 
 def test_problems_of_different_shapes_share_a_group(module: Module) -> None:
