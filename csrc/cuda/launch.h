@@ -8,6 +8,11 @@
 
 namespace rasa::cuda {
 
+constexpr int kNumKernels = kNumConfigs + 1;  // of an element: the tile shapes and kReduce
+
+// nullptr: there is none.
+const void* find_kernel(const Launch& launch);
+
 // On the current device, which is `device`; the error, if any, is the caller's to report. Neither
 // allocates nor waits, so both may be captured in a CUDA graph.
 cudaError_t launch(const Launch& launch, int device, cudaStream_t stream);
