@@ -252,7 +252,7 @@ def main() -> None:
     whole_model.add_argument("--rounds", type=int, default=9)
     whole_model.add_argument("--threads", type=int, default=None, help="torch's threads")
     whole_model.add_argument("--json", type=Path, default=None)
-    whole_model.set_defaults(run=run_merge)
+    whole_model.set_defaults(run=run_merge, device="cpu")
 
     args = parser.parse_args()
     if args.threads:

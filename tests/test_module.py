@@ -257,6 +257,8 @@ def test_delta_weight_is_float32_even_under_autocast(device: str) -> None:
     with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(layer.delta_weight(), expected)
 
+    assert layer.pool is not None
+    layer.pool.bfloat16()
     assert layer.bfloat16().delta_weight().dtype == torch.float32
 
 
