@@ -3,7 +3,8 @@
 Every figure made from this file is modelled, not measured. A kernel takes the longer of its DRAM
 time and its tensor time, plus a launch; kernels follow each other without overlap. Peers get the
 same model with their kernels' compulsory traffic, which favours them: no kernel of theirs is
-charged for more than reading each operand once and writing each result once.
+charged for more than reading each operand once and writing each result once. Not in the model: the
+partial sums of reductions that the plan splits to fill a GPU, L2, and the first wave of tiles.
 """
 
 from __future__ import annotations
