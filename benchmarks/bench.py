@@ -1,7 +1,9 @@
-"""Benchmarks of rasa_ext against the frozen model, PEFT LoRA and the RaSA authors' formula.
+"""Benchmarks of rasa_ext against the frozen model, PEFT LoRA and the RaSA authors' formula, as they
+published it and under torch.compile.
 
     python benchmarks/bench.py step --quick                     # a whole training step, 5 minutes
     python benchmarks/bench.py step --full                      # all 30 layers, more rounds
+    python benchmarks/bench.py layer --suite                    # layers of three models, 20 minutes
     python benchmarks/bench.py layer                            # single linears, for kernel tuning
     python benchmarks/bench.py layer --shape 512,576,1536 --dtype bf16 --dropout 0
     python benchmarks/bench.py merge                            # all updates into the weights
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,14 @@ from report import heading, results_path, spread, table, write_json
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The four distinct linears of SmolLM2-135M at 4x128 tokens: q and o, k and v, gate and up, down.
 SMOLLM2_SHAPES = [(512, 576, 576), (512, 576, 192), (512, 576, 1536), (512, 1536, 576)]
-
+# Linears of SmolLM2-135M, TinyLlama-1.1B and Llama-8B: K, N.
+SUITE_LINEARS = [
+    *((576, 576), (576, 1536), (1536, 576)),
+    *((2048, 2048), (2048, 5632)),
+    *((4096, 4096), (4096, 14336)),
+]
+SUITE_TOKENS = (128, 512, 2048)
+SUITE_SECONDS = 10.0  # for one row, where that gives 5 rounds
 
 # Figures to reach for RaSA r=8, k=1: a quotient, and its upper bound in fp32 and bf16.
 FIGURES = {
@@ -72,13 +82,19 @@ def describe(settings: dict[str, object]) -> str:
 def run_layer(args: argparse.Namespace) -> None:
     """Time single linears and print one row for each dtype, dropout and shape."""
     results = []
+    shapes, seconds, path = args.shape or SMOLLM2_SHAPES, math.inf, args.json
+    if args.suite:
+        shapes = [(M, K, N) for K, N in SUITE_LINEARS for M in SUITE_TOKENS]
+        seconds, path = SUITE_SECONDS, args.json or results_path("layers")
     for dtype, dropout in itertools.product(args.dtype, args.dropout):
         adapter = Adapter(
             ("proj",), args.r, args.k, args.alpha, dropout, adapter_dtype(args, dtype)
         )
-        for shape in args.shape or SMOLLM2_SHAPES:
+        for shape in shapes:
             results.append(
-                layer.measure(shape, DTYPES[dtype], adapter, args.layers, args.peers, args.rounds)
+                layer.measure(
+                    shape, DTYPES[dtype], adapter, args.layers, args.peers, args.rounds, seconds
+                )
             )
     adapters = [name for name in args.peers if name != "frozen"]
     header = ["dtype", "dropout", "M", "K", "N", "frozen, us", *(f"{a} / frozen" for a in adapters)]
@@ -97,8 +113,8 @@ def run_layer(args: argparse.Namespace) -> None:
     print(heading())
     print("forward + backward of one linear; median (min-max);", describe(settings))
     print(table(header, rows))
-    if args.json:
-        write_json(args.json, {"subject": "layer", **settings}, {"results": results})
+    if path:
+        write_json(path, {"subject": "layer", **settings}, {"results": results})
 
 
 def run_step(args: argparse.Namespace) -> None:
@@ -200,8 +216,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         type=parse_peers,
-        default=list(PEERS),
-        help=f"comma-separated, from {','.join(PEERS)}; frozen always runs",
+        help=f"comma-separated, from {','.join(PEERS)}; frozen always runs. Default: all, but "
+        "compiled, which takes minutes to compile, only with --suite and --full",
     )
     parser.add_argument(
         "--fp32-adapters",
@@ -220,7 +236,9 @@ def main() -> None:
 
     single = commands.add_parser("layer", help="time single linears")
     add_common(single)
-    single.add_argument(
+    which = single.add_mutually_exclusive_group()
+    which.add_argument("--suite", action="store_true", help="the layers of three models")
+    which.add_argument(
         "--shape",
         nargs="+",
         type=parse_shape,
@@ -257,6 +275,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if vars(args).get("peers", ()) is None:
+        is_thorough = vars(args).get("suite") or vars(args).get("full")
+        args.peers = [name for name in PEERS if is_thorough or name != "compiled"]
     with torch.device(args.device):
         args.run(args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,8 @@ from torch import nn
 WORKING_SET_BYTES = 64 << 20
 # Long against the clock's resolution and a scheduler's tick.
 SAMPLE_SECONDS = 0.04
+# float64 is slow, and rows are alike.
+CHECKED_TOKENS = 128
 
 
 class Projection(nn.Module):
@@ -40,6 +43,15 @@ class Projections(nn.Module):
         """Allocate the layers."""
         super().__init__()
         self.layers = nn.ModuleList(Projection(K, N) for _ in range(num_layers))
+
+    def count_also(self, num_layers: int) -> None:
+        """Add layers up to `num_layers`, for the pool's size: their weights take no memory."""
+        like = self.layers[0].proj
+        for _ in range(num_layers - len(self.layers)):
+            with torch.device("meta"):
+                layer = Projection(like.in_features, like.out_features)
+            layer.proj.weight = nn.Parameter(like.weight.new_zeros(()).expand_as(like.weight))
+            self.layers.append(layer)
 
 
 def forward_backward(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
@@ -74,6 +86,7 @@ def check(
 ) -> dict[str, float]:
     """Return the errors of (y, dx) against float64, with dropout off; stop if one is too large."""
     errors: dict[str, float] = {}
+    x, dy = x[:CHECKED_TOKENS].detach().requires_grad_(), dy[:CHECKED_TOKENS]
     for name, model in models.items():
         layer = unwrap(model.eval()).layers[0].proj
         exact_layer = exact_model(name, models, adapter).layers[0].proj
@@ -97,27 +110,35 @@ def measure(
     num_layers: int,
     peers: list[str],
     rounds: int,
+    most_seconds: float = math.inf,
 ) -> dict[str, object]:
-    """Time every peer on one (M, K, N); microseconds per layer and ratios to the frozen layer."""
+    """Time every peer on one (M, K, N); microseconds per layer and ratios to the frozen layer.
+
+    Large shapes get fewer rounds, but 5 at least, where `rounds` would take over `most_seconds`.
+    """
     M, K, N = shape
     torch.manual_seed(0)
-    base = Projections(num_layers, K, N).to(dtype)
+    bytes_per_layer = (N * K + M * K) * dtype.itemsize
+    count = min(num_layers, -(-WORKING_SET_BYTES // bytes_per_layer))
+    base = Projections(count, K, N).to(dtype)
+    base.count_also(num_layers)
     models = {name: convert(name, base, adapter) for name in PEERS if name in peers}
+    for model in models.values():
+        unwrap(model).layers = unwrap(model).layers[:count]
     if "rasa" in models and "authors" in models:
         copy_rasa_to_authors(models["rasa"], models["authors"], adapter)
-    bytes_per_layer = (N * K + M * K) * dtype.itemsize
-    count = min(num_layers, max(2, -(-WORKING_SET_BYTES // bytes_per_layer)))
     xs = [torch.randn(M, K).to(dtype).requires_grad_() for _ in range(count)]
     dy = torch.randn(M, N).to(dtype)
     errors = check(models, adapter, xs[0], dy)
     repeats = calls_within(SAMPLE_SECONDS, one_pass(models["frozen"], xs, dy, count, 1))
     runs = {name: one_pass(model, xs, dy, count, repeats) for name, model in models.items()}
-    seconds = interleave(runs, rounds)
+    seconds = interleave(runs, rounds, most_seconds)
     scale = 1e6 / (count * repeats)
     return {
         "shape": {"M": M, "K": K, "N": N},
         "dtype": str(dtype).removeprefix("torch."),
         "dropout": adapter.dropout,
+        "rounds": len(seconds["frozen"]),
         "error": errors,
         "us": {name: summary([scale * t for t in times]) for name, times in seconds.items()},
         "over_frozen": {name: paired_ratio(seconds, name, "frozen") for name in seconds},

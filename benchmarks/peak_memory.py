@@ -31,11 +31,13 @@ def resident(mark: str) -> int:
     return int(found[1]) * 1024
 
 
-def probe(name: str, dtype: torch.dtype, adapter: Adapter, layers: int) -> int:
+def probe(
+    name: str, dtype: torch.dtype, adapter: Adapter, layers: int, batch: tuple[int, int]
+) -> int:
     """Return the bytes two steps take at most beyond what was there before."""
     run = step.training_step(
         step.build(name, step.smollm2_shape(dtype, layers), adapter, layers),
-        torch.randint(0, step.vocabulary(layers), step.BATCH),
+        torch.randint(0, step.vocabulary(layers), batch),
     )
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -47,10 +49,16 @@ def probe(name: str, dtype: torch.dtype, adapter: Adapter, layers: int) -> int:
     return resident("VmHWM") - before
 
 
-def measure(name: str, dtype: torch.dtype, adapter: Adapter, layers: int) -> int:
-    """Run probe() in a fresh process."""
+def measure(
+    name: str,
+    dtype: torch.dtype,
+    adapter: Adapter,
+    layers: int,
+    batch: tuple[int, int] | None = None,
+) -> int:
+    """Run probe() in a fresh process; batch is of sequences and tokens, by default the step's."""
     arguments = [name, str(dtype).removeprefix("torch."), str(adapter.dtype).removeprefix("torch.")]
-    numbers = [adapter.r, adapter.k, adapter.alpha, adapter.dropout, layers]
+    numbers = [adapter.r, adapter.k, adapter.alpha, adapter.dropout, layers, *(batch or step.BATCH)]
     command = [sys.executable, __file__, *arguments, *map(str, numbers)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
@@ -65,11 +73,13 @@ def main() -> None:
         parser.add_argument(argument)
     for argument, kind in (("r", int), ("k", int), ("alpha", float), ("dropout", float)):
         parser.add_argument(argument, type=kind)
-    parser.add_argument("layers", type=int)
+    for argument in ("layers", "sequences", "tokens"):
+        parser.add_argument(argument, type=int)
     args = parser.parse_args()
     dtype, adapter_dtype = getattr(torch, args.dtype), getattr(torch, args.adapter_dtype)
     adapter = Adapter(step.TARGETS, args.r, args.k, args.alpha, args.dropout, adapter_dtype)
-    print(probe(args.name, dtype, adapter, args.layers))
+    batch = (args.sequences, args.tokens)
+    print(probe(args.name, dtype, adapter, args.layers, batch))
 
 
 if __name__ == "__main__":

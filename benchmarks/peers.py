@@ -1,4 +1,5 @@
-"""The peers bench.py compares: a frozen model, PEFT LoRA, the RaSA authors' formula, and rasa_ext.
+"""The peers that bench.py compares: a frozen model, PEFT LoRA, the formula of the RaSA authors, the
+same under torch.compile, and rasa_ext.
 
 `convert(name, model, adapter)` turns any model into one peer. Every peer starts from the same base
 weights, and its adapter matrices are random, so that no product is a product with zeros.
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-PEERS = ("frozen", "lora", "authors", "rasa")
+PEERS = ("frozen", "lora", "authors", "compiled", "rasa")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,15 @@ def to_authors(model: nn.Module, adapter: Adapter) -> nn.Module:
     return model
 
 
+def to_compiled(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """Put the authors' formula into `model`, and compile each of its layers in place."""
+    torch.compiler.reset()  # layers of another shape or dtype would count as recompilations
+    model = to_authors(model, adapter)
+    for layer in targets(model, adapter.target_modules).values():
+        layer.compile(dynamic=False)
+    return model
+
+
 def to_rasa(model: nn.Module, adapter: Adapter) -> nn.Module:
     """Put rasa_ext's layers into `model`."""
     try:
@@ -140,7 +150,8 @@ def convert(name: str, model: nn.Module, adapter: Adapter) -> nn.Module:
     model = share_weights(model).train()
     if name == "frozen":
         return model.requires_grad_(False)
-    model = {"lora": to_lora, "authors": to_authors, "rasa": to_rasa}[name](model, adapter)
+    adapted = {"lora": to_lora, "authors": to_authors, "compiled": to_compiled, "rasa": to_rasa}
+    model = adapted[name](model, adapter)
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         # Gates, the only vectors, keep their values.

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 
+# A median of fewer says little.
+FEWEST_ROUNDS = 5
 
-def interleave(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per run and round, after one warm-up of each; the order rotates between rounds."""
-    names = list(runs)
+
+def interleave(
+    runs: dict[str, Callable[[], object]], rounds: int, most_seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds per run and round, after one warm-up of each; the order rotates between rounds.
+
+    Stops after `most_seconds`, but not before FEWEST_ROUNDS.
+    """
+    names, begun = list(runs), time.perf_counter()
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
+        if i >= FEWEST_ROUNDS and time.perf_counter() - begun > most_seconds:
+            break
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
             start = time.perf_counter()
