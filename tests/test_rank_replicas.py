@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from allocators import FIRST, allocation, gated, layers_of, set_gates, trained_parameters
+from distributed_training import leave_process_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,7 +30,7 @@ def run_scenarios(rank: int, rendezvous: str, scenarios: tuple) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     for scenario in scenarios:
         scenario(rank)
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def batch(step: int, rank: int) -> torch.Tensor:
