@@ -17,7 +17,6 @@ import argparse
 import itertools
 import math
 from pathlib import Path
-from typing import Any
 
 import layer
 import merge
@@ -25,7 +24,8 @@ import peak_memory
 import step
 import torch
 from peers import PEERS, Adapter
-from report import heading, results_path, spread, table, write_json
+from report import heading, results_path, write_json
+from tables import figures_table, layer_table, merge_table, step_table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The four distinct linears of SmolLM2-135M at 4x128 tokens: q and o, k and v, gate and up, down.
@@ -39,14 +39,6 @@ SUITE_LINEARS = [
 SUITE_TOKENS = (128, 512, 2048)
 SUITE_SECONDS = 10.0  # for one row, where that gives 5 rounds
 
-# Figures to reach for RaSA r=8, k=1: a quotient, and its upper bound in fp32 and bf16.
-FIGURES = {
-    "rasa p=0.05 / frozen": {"fp32": 1.25, "bf16": 1.30},
-    "rasa p=0.05 / lora p=0.05": {"fp32": 0.72, "bf16": 0.65},
-    "rasa p=0.05 / authors p=0.05": {"fp32": 0.68, "bf16": 0.62},
-    "rasa p=0 / lora p=0": {"fp32": 1.05, "bf16": 0.95},
-}
-MEMORY_FIGURE = 1.00
 # Pools stay those of 30 layers (R = 37), and the vocabulary shrinks with the depth.
 QUICK_LAYERS = 8
 
@@ -96,23 +88,11 @@ def run_layer(args: argparse.Namespace) -> None:
                     shape, DTYPES[dtype], adapter, args.layers, args.peers, args.rounds, seconds
                 )
             )
-    adapters = [name for name in args.peers if name != "frozen"]
-    header = ["dtype", "dropout", "M", "K", "N", "frozen, us", *(f"{a} / frozen" for a in adapters)]
-    rows = [
-        [
-            result["dtype"],
-            f"{result['dropout']:g}",
-            *map(str, result["shape"].values()),
-            spread(result["us"]["frozen"], 0),
-            *(spread(result["over_frozen"][name]) for name in adapters),
-        ]
-        for result in results
-    ]
     settings = {name: getattr(args, name) for name in ("r", "k", "layers", "rounds")}
     settings["adapter_dtype"] = "float32" if args.fp32_adapters else "as the weights"
     print(heading())
     print("forward + backward of one linear; median (min-max);", describe(settings))
-    print(table(header, rows))
+    print(layer_table(results))
     if path:
         write_json(path, {"subject": "layer", **settings}, {"results": results})
 
@@ -153,57 +133,12 @@ def run_merge(args: argparse.Namespace) -> None:
         merge.measure(DTYPES[dtype], args.layers, args.r, args.k, args.rounds)
         for dtype in args.dtype
     ]
-    rows = []
-    for result in results:
-        for name in merge.PEERS:
-            ratio = result["ratios"].get(f"{name} / formula")
-            seconds = spread(result["seconds"][name], 1, 1e-3)
-            rows.append([name, result["dtype"], seconds, spread(ratio) if ratio else "1"])
     settings = {name: getattr(args, name) for name in ("r", "k", "layers", "rounds")}
     print(heading())
     print("merging seven linears of each layer; median (min-max);", describe(settings))
-    print(table(["peer", "dtype", "ms", "/ formula"], rows))
+    print(merge_table(results))
     if args.json:
         write_json(args.json, {"subject": "merge", **settings}, {"results": results})
-
-
-def step_table(results: dict[str, Any], memory_dropout: float) -> str:
-    """One row for each dtype and peer; memory was measured with one dropout only."""
-    rows = []
-    for dtype, result in results.items():
-        for run, seconds in result["seconds"].items():
-            name, _, dropout = run.partition(" p=")
-            has_memory = dropout in ("", f"{memory_dropout:g}")
-            ratio = result["ratios"].get(f"{run} / frozen")
-            rows.append(
-                [
-                    run,
-                    dtype,
-                    spread(seconds, 0, 1e-3),
-                    spread(ratio) if ratio else "1",
-                    f"{result['error'][name]:.1e}",
-                    f"{result['memory'][name] / 2**20:.0f}" if has_memory else "",
-                ]
-            )
-    return table(["peer", "dtype", "ms", "/ frozen", "error", "peak MiB"], rows)
-
-
-def figures_table(results: dict[str, Any]) -> str:
-    """Print measured quotients and their upper bounds; a quotient needs both its peers."""
-    rows = []
-    for dtype, result in results.items():
-        for pair, bounds in FIGURES.items():
-            if pair in result["ratios"]:
-                ratio, bound = result["ratios"][pair], bounds[dtype]
-                verdict = "reached" if ratio["median"] <= bound else "missed"
-                rows.append([pair, dtype, spread(ratio), f"{bound:.2f}", verdict])
-        memory = result["memory"]
-        if {"rasa", "lora"} <= memory.keys():
-            value = memory["rasa"] / memory["lora"]
-            verdict = "reached" if value <= MEMORY_FIGURE else "missed"
-            row = ["peak memory, rasa / lora", dtype, f"{value:.2f}", f"{MEMORY_FIGURE:.2f}"]
-            rows.append([*row, verdict])
-    return table(["quotient", "dtype", "measured", "at most", ""], rows)
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from hf_models import adapt, language_model, tokens
+from process_group import leave_process_group
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -94,16 +94,6 @@ def run(engine: str, folder: Path, dtype: torch.dtype) -> None:
         load_adapter(model, folder / "initial.safetensors")
         save("reloaded")
     dist.barrier()
-
-
-def leave_process_group() -> None:
-    """End the group's threads before the interpreter ends, which aborts where one still runs.
-
-    A sharded model holds the group in a cycle of references.
-    """
-    dist.barrier()
-    gc.collect()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

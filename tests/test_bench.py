@@ -19,6 +19,7 @@ import peak_memory  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import step  # noqa: E402
+import tables  # noqa: E402
 import timing  # noqa: E402
 
 ADAPTER = peers.Adapter(("proj",), r=4, k=2, dropout=0.0, dtype=torch.float64)
@@ -38,10 +39,11 @@ def run(monkeypatch, *words):
     bench.main()
 
 
-@pytest.mark.parametrize("name", ["lora", "authors", "rasa"])
+@pytest.mark.parametrize("name", ["lora", "authors", "compiled", "rasa"])
 def test_peer_equals_its_dense_update_in_float64(name):
     base = layer.Projections(3, 24, 16).double()
-    models = {peer: peers.convert(peer, base, ADAPTER) for peer in peers.PEERS}
+    wanted = dict.fromkeys(["frozen", "authors", "rasa", name])
+    models = {peer: peers.convert(peer, base, ADAPTER) for peer in wanted}
     peers.copy_rasa_to_authors(models["rasa"], models["authors"], ADAPTER)
     x = torch.randn(5, 24, dtype=torch.float64)
     exact = peers.exact_model(name, models, ADAPTER).layers[1].proj(x)
@@ -86,6 +88,12 @@ def test_rounds_run_every_peer_and_rotate_the_order():
     assert all(len(times) == 3 for times in seconds.values())
 
 
+def test_slow_runs_get_fewer_rounds_but_not_less_than_the_fewest():
+    runs = {"a": lambda: None}
+    assert len(timing.interleave(runs, 9, most_seconds=0)["a"]) == timing.FEWEST_ROUNDS
+    assert len(timing.interleave(runs, 3, most_seconds=0)["a"]) == 3
+
+
 def test_ratios_are_paired_by_round():
     seconds = {"a": [2.0, 20.0, 3.0], "b": [1.0, 10.0, 1.0]}
     assert timing.paired_ratio(seconds, "a", "b") == {"median": 2.0, "min": 2.0, "max": 3.0}
@@ -104,7 +112,26 @@ def test_layer_command_writes_table_and_json(tmp_path, monkeypatch, capsys):
     assert "| rasa / frozen |" in " ".join(printed.split())
     record = json.loads(path.read_text())
     assert [result["dtype"] for result in record["results"]] == ["float32", "bfloat16"]
-    assert set(record["results"][0]["us"]) == set(peers.PEERS)
+    assert set(record["results"][0]["us"]) == set(peers.PEERS) - {"compiled"}
+
+
+def test_suite_covers_models_and_tokens_with_the_compiled_formula(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "layers.json"
+    monkeypatch.setattr(bench, "SUITE_LINEARS", [(16, 24)])
+    monkeypatch.setattr(bench, "SUITE_TOKENS", (4, 8))
+    size = ["--layers", 2, "--rounds", 1, "--dtype", "fp32", "--dropout", 0]
+    run(monkeypatch, "layer", "--suite", *size, "--json", path)
+    results = json.loads(path.read_text())["results"]
+    assert [result["shape"]["M"] for result in results] == [4, 8]
+    assert set(results[0]["us"]) == set(peers.PEERS)
+
+
+def test_layers_counted_for_the_pool_take_no_memory():
+    model = layer.Projections(2, 24, 16).to(torch.bfloat16)
+    model.count_also(5)
+    storages = [linear.proj.weight.untyped_storage().nbytes() for linear in model.layers]
+    assert storages == [768, 768, 2, 2, 2]
+    assert all(linear.proj.weight.shape == (16, 24) for linear in model.layers)
 
 
 def test_merge_command_writes_table_and_json(tmp_path, monkeypatch, capsys):
@@ -127,7 +154,7 @@ def test_a_merge_that_is_wrong_is_not_timed(monkeypatch):
 def test_shape_and_peers_are_checked(monkeypatch, capsys):
     for words, message in (
         (["--shape", "8,16"], "expected M,K,N as in 512,576,1536, got 8,16"),
-        (["--peers", "dora"], "unknown peer dora, choose from frozen,lora,authors,rasa"),
+        (["--peers", "dora"], "unknown peer dora, choose from frozen,lora,authors,compiled,rasa"),
     ):
         with pytest.raises(SystemExit):
             run(monkeypatch, "layer", *words)
@@ -141,7 +168,7 @@ def test_step_command_prints_figures_beside_their_bounds(small_step, tmp_path, m
     size = ["--layers", 1, "--rounds", 1]
     run(monkeypatch, "step", "--quick", *size, "--dtype", "fp32", "--json", path)
     printed = " ".join(capsys.readouterr().out.split())
-    for figure in bench.FIGURES:
+    for figure in tables.FIGURES:
         assert f"| {figure} | fp32 |" in printed
     assert "| peak memory, rasa / lora | fp32 | 0.90 | 1.00 | reached |" in printed
     assert "rasa p=0.05 / frozen" in json.loads(path.read_text())["results"]["fp32"]["ratios"]
@@ -174,5 +201,5 @@ def test_shortened_step_keeps_the_pools_of_the_whole_model(small_step):
 
 
 def test_peak_memory_counts_what_a_step_takes(small_step):
-    taken = peak_memory.probe("rasa", torch.float32, STEP_ADAPTER, 1)
+    taken = peak_memory.probe("rasa", torch.float32, STEP_ADAPTER, 1, (1, 8))
     assert taken > 8 * step.vocabulary(1) * 4  # at least the logits

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from allocators import FIRST, allocation, gated, layers_of, set_gates, trained_parameters
-from distributed_training import leave_process_group
+from process_group import leave_process_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

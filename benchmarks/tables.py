@@ -1,0 +1,83 @@
+"""The results of bench.py as Markdown tables: for the terminal, and for the README."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from report import spread, table
+
+# Figures to reach for RaSA r=8, k=1: a quotient, and its upper bound in fp32 and bf16.
+FIGURES = {
+    "rasa p=0.05 / frozen": {"fp32": 1.25, "bf16": 1.30},
+    "rasa p=0.05 / lora p=0.05": {"fp32": 0.72, "bf16": 0.65},
+    "rasa p=0.05 / authors p=0.05": {"fp32": 0.68, "bf16": 0.62},
+    "rasa p=0 / lora p=0": {"fp32": 1.05, "bf16": 0.95},
+}
+MEMORY_FIGURE = 1.00
+
+
+def layer_table(results: list[dict[str, Any]]) -> str:
+    """One row for each dtype, dropout and shape."""
+    adapters = [name for name in results[0]["us"] if name != "frozen"]
+    header = ["dtype", "dropout", "M", "K", "N", "frozen, us", *(f"{a} / frozen" for a in adapters)]
+    rows = [
+        [
+            result["dtype"],
+            f"{result['dropout']:g}",
+            *map(str, result["shape"].values()),
+            spread(result["us"]["frozen"], 0),
+            *(spread(result["over_frozen"][name]) for name in adapters),
+        ]
+        for result in results
+    ]
+    return table(header, rows)
+
+
+def merge_table(results: list[dict[str, Any]]) -> str:
+    """One row for each dtype and peer."""
+    rows = []
+    for result in results:
+        for name, seconds in result["seconds"].items():
+            ratio = result["ratios"].get(f"{name} / formula")
+            cells = [spread(seconds, 1, 1e-3), spread(ratio) if ratio else "1"]
+            rows.append([name, result["dtype"], *cells])
+    return table(["peer", "dtype", "ms", "/ formula"], rows)
+
+
+def step_table(results: dict[str, Any], memory_dropout: float) -> str:
+    """One row for each dtype and peer; memory was measured with one dropout only."""
+    rows = []
+    for dtype, result in results.items():
+        for run, seconds in result["seconds"].items():
+            name, _, dropout = run.partition(" p=")
+            has_memory = dropout in ("", f"{memory_dropout:g}")
+            ratio = result["ratios"].get(f"{run} / frozen")
+            rows.append(
+                [
+                    run,
+                    dtype,
+                    spread(seconds, 0, 1e-3),
+                    spread(ratio) if ratio else "1",
+                    f"{result['error'][name]:.1e}",
+                    f"{result['memory'][name] / 2**20:.0f}" if has_memory else "",
+                ]
+            )
+    return table(["peer", "dtype", "ms", "/ frozen", "error", "peak MiB"], rows)
+
+
+def figures_table(results: dict[str, Any]) -> str:
+    """Print measured quotients and their upper bounds; a quotient needs both its peers."""
+    rows = []
+    for dtype, result in results.items():
+        for pair, bounds in FIGURES.items():
+            if pair in result["ratios"]:
+                ratio, bound = result["ratios"][pair], bounds[dtype]
+                verdict = "reached" if ratio["median"] <= bound else "missed"
+                rows.append([pair, dtype, spread(ratio), f"{bound:.2f}", verdict])
+        memory = result["memory"]
+        if {"rasa", "lora"} <= memory.keys():
+            value = memory["rasa"] / memory["lora"]
+            verdict = "reached" if value <= MEMORY_FIGURE else "missed"
+            row = ["peak memory, rasa / lora", dtype, f"{value:.2f}", f"{MEMORY_FIGURE:.2f}"]
+            rows.append([*row, verdict])
+    return table(["quotient", "dtype", "measured", "at most", ""], rows)
