@@ -5,6 +5,8 @@
 #   make test          the tests
 #   make check         what was built, and a self-check of every op
 #   make bench-quick   one table: frozen, LoRA, the authors' formula, rasa_ext
+#   make bench         every table and plot of the README and of benchmarks/README.md: 45 minutes
+#   make readme        writes the tables from benchmarks/results
 #   make kernel-counters   traffic and machine code of the CUDA kernels; needs nvcc and no GPU
 #   make check-cuda-build   builds with CUDA, in an environment of its own; needs nvcc and no GPU
 #   make gpu-check         tests, sanitizer and benchmark on this machine's GPU
@@ -31,7 +33,7 @@ INSTALLED_TORCH := $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py
 
 HAS_TORCH := import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)
 
-.PHONY: demo test check check-cuda-build gpu-check bench-quick kernel-counters lint clean
+.PHONY: demo test check check-cuda-build gpu-check bench bench-quick readme kernel-counters lint clean
 .NOTPARALLEL:
 
 demo: $(STAMP)-demo $(STAMP)-model
@@ -62,6 +64,20 @@ gpu-check:
 
 bench-quick: $(STAMP)-bench
 	$(BIN)/python benchmarks/bench.py step --quick $(ARGS)
+
+# roofline reads what kernel-counters left.
+bench: $(STAMP)-bench
+	$(BIN)/python benchmarks/bench.py step --quick
+	$(BIN)/python benchmarks/bench.py step --full
+	$(BIN)/python benchmarks/bench.py layer --suite
+	$(BIN)/python benchmarks/bench.py merge
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/roofline.py
+	$(BIN)/python benchmarks/roofline.py --r 32 --k 4
+	$(MAKE) readme
+
+readme: $(STAMP)-bench
+	$(BIN)/python benchmarks/update_readme.py $(ARGS)
 
 kernel-counters: $(STAMP)-dev
 	$(BIN)/python benchmarks/kernel_counters.py $(ARGS)

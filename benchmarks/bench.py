@@ -77,7 +77,7 @@ def run_layer(args: argparse.Namespace) -> None:
     shapes, seconds, path = args.shape or SMOLLM2_SHAPES, math.inf, args.json
     if args.suite:
         shapes = [(M, K, N) for K, N in SUITE_LINEARS for M in SUITE_TOKENS]
-        seconds, path = SUITE_SECONDS, args.json or results_path("layers")
+        seconds, path = SUITE_SECONDS, args.json or results_path("linears")
     for dtype, dropout in itertools.product(args.dtype, args.dropout):
         adapter = Adapter(
             ("proj",), args.r, args.k, args.alpha, dropout, adapter_dtype(args, dtype)
@@ -137,8 +137,8 @@ def run_merge(args: argparse.Namespace) -> None:
     print(heading())
     print("merging seven linears of each layer; median (min-max);", describe(settings))
     print(merge_table(results))
-    if args.json:
-        write_json(args.json, {"subject": "merge", **settings}, {"results": results})
+    path = args.json or results_path("merge")
+    write_json(path, {"subject": "merge", **settings}, {"results": results})
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -204,7 +204,9 @@ def main() -> None:
     whole_model.add_argument("--layers", type=int, default=step.MODEL_LAYERS)
     whole_model.add_argument("--rounds", type=int, default=9)
     whole_model.add_argument("--threads", type=int, default=None, help="torch's threads")
-    whole_model.add_argument("--json", type=Path, default=None)
+    whole_model.add_argument(
+        "--json", type=Path, help="default: a file of this machine in results/"
+    )
     whole_model.set_defaults(run=run_merge, device="cpu")
 
     args = parser.parse_args()

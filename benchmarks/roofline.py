@@ -86,6 +86,23 @@ def measure(layer: Layer, r: int, k: int, device: str, dtype: torch.dtype, round
     return statistics.median(milliseconds[3:])
 
 
+def modelled_table(record: dict[str, Any]) -> str:
+    """One row for each device and linear."""
+    r, k = record["r"], record["k"]
+    header = ["device", "layer", "frozen ms", "LoRA", "authors", "rasa_ext", "rasa_ext / LoRA"]
+    cells = [
+        [row["device"], row["layer"], f"{row['frozen']:.3f}"]
+        + [f"{row[peer] / row['frozen']:.2f}" for peer in ("lora", "authors", "rasa")]
+        + [f"{row['rasa'] / row['lora']:.2f}"]
+        for row in record["rows"]
+    ]
+    return (
+        f"Modelled, not measured: one training step of a linear, {record['tokens']} tokens, bf16, "
+        f"r = {r}, k = {k},\nR = {r - k + k * LAYERS}, dropout 0.05; times × the frozen layer's."
+        "\n\n" + table(header, cells)
+    )
+
+
 def main() -> None:
     """Print the tables and write them beside the counters."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -103,16 +120,6 @@ def main() -> None:
             layer = Layer(name, args.tokens, K, N)
             rows.append({"device": device.name, "layer": name, "K": K, "N": N})
             rows[-1] |= modelled(layer, device, args.r, args.k, traffic)
-    print(f"modelled, not measured: one training step of a linear, {args.tokens} tokens, bf16,")
-    print(f"r = {args.r}, k = {args.k}, R = {R}, dropout 0.05; times × the frozen layer's")
-    header = ["device", "layer", "frozen ms", "LoRA", "authors", "rasa_ext", "rasa_ext / LoRA"]
-    cells = [
-        [row["device"], row["layer"], f"{row['frozen']:.3f}"]
-        + [f"{row[peer] / row['frozen']:.2f}" for peer in ("lora", "authors", "rasa")]
-        + [f"{row['rasa'] / row['lora']:.2f}"]
-        for row in rows
-    ]
-    print(table(header, cells))
     record = {
         "modelled": True,
         "commit": commit(),
@@ -128,6 +135,7 @@ def main() -> None:
         "k": args.k,
         "rows": rows,
     }
+    print(modelled_table(record))
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         print(f"\nmeasured on {name}: rasa_linear, milliseconds")

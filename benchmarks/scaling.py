@@ -168,6 +168,18 @@ def all_series(rounds: int) -> dict[str, list[Series]]:
     }
 
 
+def growth_table(found: dict[str, list[Series]]) -> str:
+    """One row for each curve."""
+    rows = []
+    for axis, curves in found.items():
+        for curve in curves:
+            ends = [f"{curve['values'][i]['median']:.4g} {curve['unit']}" for i in (0, -1)]
+            sizes = f"{curve['sizes'][0]}-{curve['sizes'][-1]}"
+            verdict = "linear or better" if curve["slope"] <= STEEPEST else "WORSE THAN LINEAR"
+            rows.append([curve["name"], axis, sizes, *ends, f"{curve['slope']:.2f}", verdict])
+    return table(["what", "grows with", "from-to", "first", "last", "slope", ""], rows)
+
+
 def save_plot(path: Path, found: dict[str, list[Series]]) -> None:
     """Draw one panel for each curve, with the ideal line."""
     import matplotlib
@@ -210,14 +222,7 @@ def main() -> None:
     torch.manual_seed(0)
     found = all_series(args.rounds)
     print(heading())
-    rows = []
-    for axis, curves in found.items():
-        for curve in curves:
-            ends = [f"{curve['values'][i]['median']:.4g} {curve['unit']}" for i in (0, -1)]
-            sizes = f"{curve['sizes'][0]}-{curve['sizes'][-1]}"
-            verdict = "linear or better" if curve["slope"] <= STEEPEST else "WORSE THAN LINEAR"
-            rows.append([curve["name"], axis, sizes, *ends, f"{curve['slope']:.2f}", verdict])
-    print(table(["what", "grows with", "from-to", "first", "last", "slope", ""], rows))
+    print(growth_table(found))
     write_json(args.json, {"subject": "scaling", "rounds": args.rounds}, {"results": found})
     save_plot(args.plot, found)
 

@@ -1,0 +1,113 @@
+"""Writes the tables of README.md and benchmarks/README.md from the files in benchmarks/results.
+
+    python benchmarks/update_readme.py             # writes
+    python benchmarks/update_readme.py --check     # fails where a table is not that of its file
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being a key of TABLES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import roofline
+import scaling
+import tables
+from report import REPOSITORY, RESULTS
+
+DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "benchmarks" / "README.md")
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return what a benchmark left; `*` stands for the machine."""
+    found = sorted(RESULTS.glob(name))
+    if len(found) != 1:
+        files = ", ".join(path.name for path in found) or "none"
+        raise SystemExit(f"readme: expected one file {name} in benchmarks/results, got {files}")
+    return json.loads(found[0].read_text())
+
+
+def origin(record: dict[str, Any]) -> str:
+    """Say where and when a result was measured."""
+    machine, versions = record["machine"], record["versions"]
+    return (
+        f"Measured {record['date'][:10]} at commit {record['commit']} on {machine['cpu']}, "
+        f"{machine['threads']} threads, {machine['capability']}, torch {versions['torch']}.\n\n"
+    )
+
+
+def step_table(name: str) -> str:
+    """Return the times of a step's peers."""
+    record = read(name)
+    return tables.step_table(record["results"], record["settings"]["memory_dropout"])
+
+
+def step_figures(name: str) -> str:
+    """Return a step's quotients beside the figures to reach."""
+    record = read(name)
+    return origin(record) + tables.figures_table(record["results"])
+
+
+def layer_summary() -> str:
+    """Return the suite of single linears."""
+    record = read("*_linears.json")
+    return origin(record) + tables.layer_table(record["results"])
+
+
+def merge_times() -> str:
+    """Return the times of merging."""
+    record = read("*_merge.json")
+    return origin(record) + tables.merge_table(record["results"])
+
+
+def growth() -> str:
+    """Return how time and memory grow."""
+    record = read("*_scaling.json")
+    return origin(record) + scaling.growth_table(record["results"])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "step": lambda: step_table("*_step_8_layers.json"),
+    "step-figures": lambda: step_figures("*_step_8_layers.json"),
+    "step-full": lambda: step_table("*_step_30_layers.json"),
+    "step-full-figures": lambda: step_figures("*_step_30_layers.json"),
+    "layers": layer_summary,
+    "merge": merge_times,
+    "scaling": growth,
+    "modelled-r8k1": lambda: roofline.modelled_table(read("modelled_r8k1_*.json")),
+    "modelled-r32k4": lambda: roofline.modelled_table(read("modelled_r32k4_*.json")),
+}
+
+
+def filled(text: str) -> str:
+    """Return a document with all its tables written anew."""
+
+    def fill(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"<!-- {name} -->\n{TABLES[name]()}\n<!-- /{name} -->"
+
+    names = "|".join(map(re.escape, TABLES))
+    return re.sub(rf"<!-- ({names}) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Write the documents, or compare them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    for path in DOCUMENTS:
+        before = path.read_text()
+        after = filled(before)
+        if args.check and before != after:
+            raise SystemExit(f"{path.name} has other tables than its results: make readme")
+        path.write_text(after)
+
+
+if __name__ == "__main__":
+    main()
