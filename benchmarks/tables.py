@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peers import PEERS
 from report import spread, table
 
 # Figures to reach for RaSA r=8, k=1: a quotient, and its upper bound in fp32 and bf16.
@@ -18,7 +19,8 @@ MEMORY_FIGURE = 1.00
 
 def layer_table(results: list[dict[str, Any]]) -> str:
     """One row for each dtype, dropout and shape."""
-    adapters = [name for name in results[0]["us"] if name != "frozen"]
+    measured = {name for result in results for name in result["us"]}
+    adapters = [name for name in PEERS[1:] if name in measured]
     header = ["dtype", "dropout", "M", "K", "N", "frozen, us", *(f"{a} / frozen" for a in adapters)]
     rows = [
         [
@@ -26,9 +28,9 @@ def layer_table(results: list[dict[str, Any]]) -> str:
             f"{result['dropout']:g}",
             *map(str, result["shape"].values()),
             spread(result["us"]["frozen"], 0),
-            *(spread(result["over_frozen"][name]) for name in adapters),
+            *(spread(over[name]) if name in over else "" for name in adapters),
         ]
-        for result in results
+        for result, over in ((result, result["over_frozen"]) for result in results)
     ]
     return table(header, rows)
 
@@ -63,6 +65,22 @@ def step_table(results: dict[str, Any], memory_dropout: float) -> str:
                 ]
             )
     return table(["peer", "dtype", "ms", "/ frozen", "error", "peak MiB"], rows)
+
+
+def step_summary(results: dict[str, Any], memory_dropout: float) -> str:
+    """One row for each peer, with the quotients to frozen of all dtypes."""
+    header = ["peer"]
+    rows = {run: [run] for run in next(iter(results.values()))["seconds"]}
+    for dtype, result in results.items():
+        header += [f"{dtype}, ms", "/ frozen", "peak MiB"]
+        for run, row in rows.items():
+            name, _, dropout = run.partition(" p=")
+            has_memory = dropout in ("", f"{memory_dropout:g}")
+            row.append(f"{result['seconds'][run]['median'] * 1e3:.0f}")
+            ratio = result["ratios"].get(f"{run} / frozen")
+            row.append(spread(ratio) if ratio else "1")
+            row.append(f"{result['memory'][name] / 2**20:.0f}" if has_memory else "")
+    return table(header, list(rows.values()))
 
 
 def figures_table(results: dict[str, Any]) -> str:

@@ -46,6 +46,12 @@ def step_table(name: str) -> str:
     return tables.step_table(record["results"], record["settings"]["memory_dropout"])
 
 
+def step_summary(name: str) -> str:
+    """Return the same in one row for each peer."""
+    record = read(name)
+    return tables.step_summary(record["results"], record["settings"]["memory_dropout"])
+
+
 def step_figures(name: str) -> str:
     """Return a step's quotients beside the figures to reach."""
     record = read(name)
@@ -71,6 +77,7 @@ def growth() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "step-summary": lambda: step_summary("*_step_8_layers.json"),
     "step": lambda: step_table("*_step_8_layers.json"),
     "step-figures": lambda: step_figures("*_step_8_layers.json"),
     "step-full": lambda: step_table("*_step_30_layers.json"),

@@ -119,11 +119,13 @@ def test_suite_covers_models_and_tokens_with_the_compiled_formula(tmp_path, monk
     path = tmp_path / "layers.json"
     monkeypatch.setattr(bench, "SUITE_LINEARS", [(16, 24)])
     monkeypatch.setattr(bench, "SUITE_TOKENS", (4, 8))
+    monkeypatch.setattr(bench, "SUITE_COMPILED_TOKENS", 8)
     size = ["--layers", 2, "--rounds", 1, "--dtype", "fp32", "--dropout", 0]
     run(monkeypatch, "layer", "--suite", *size, "--json", path)
     results = json.loads(path.read_text())["results"]
     assert [result["shape"]["M"] for result in results] == [4, 8]
-    assert set(results[0]["us"]) == set(peers.PEERS)
+    assert set(results[0]["us"]) == set(peers.PEERS) - {"compiled"}
+    assert set(results[1]["us"]) == set(peers.PEERS)
 
 
 def test_layers_counted_for_the_pool_take_no_memory():
