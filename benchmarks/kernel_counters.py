@@ -173,7 +173,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def machine_code(*archs: str) -> list[dict[str, Any]]:
-    """The main loop of each bf16 kernel, after ptxas."""
+    """The main loop of each bf16 and fp32 kernel, after ptxas."""
     kernels = [(c, d) for c in configs() for d in (False, True) if not d or c.has_dropout_kernel]
     rows = []
     for loop in parse_loops(cuobjdump("-sass", str(compile_kernels(kernels, *archs)))):
