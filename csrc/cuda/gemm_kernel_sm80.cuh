@@ -142,7 +142,8 @@ class GemmTile {
 #pragma unroll
     for (int kk = 0; kk < kBlockK / 16; ++kk) {
       if (16 * kk >= K) break;
-      Product(place()).multiply_k16(acc, smem_address(A_stage(slot)), smem_address(panel()), kk, kk);
+      Product(place()).multiply_k16(acc, smem_address(A_stage(slot)), smem_address(panel()), kk,
+                                    kk);
     }
   }
   // C_in in registers, if C and C_in are stored by chunks.

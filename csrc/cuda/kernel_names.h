@@ -15,10 +15,10 @@ inline std::string kernel_name(ConfigId config, DType element, bool has_dropout)
                                                                        : " fp16");
   }
   const TileConfig tile = tile_config(config);
-  const char* type = tile.splits_operands       ? " 3xtf32"
-                     : element == DType::kF32   ? " tf32"
+  const char* type = tile.splits_operands      ? " 3xtf32"
+                     : element == DType::kF32  ? " tf32"
                      : element == DType::kBF16 ? " bf16"
-                                                : " fp16";
+                                               : " fp16";
   const char* layout = tile.layout == Layout::kNT ? "NT" : tile.layout == Layout::kNN ? "NN" : "TN";
   std::string name = std::string(layout) + " " + std::to_string(tile.block_m) + "x" +
                      std::to_string(tile.block_n) + "x" + std::to_string(tile.block_k);

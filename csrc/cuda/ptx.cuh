@@ -92,8 +92,8 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// mma.m16n8k8 of tf32: c (16,8) += a (16,8) · b (8,8), fp32 accumulators. Operands are fp32 bits that
-// cvt_rna_tf32 has rounded; of others the low 13 bits are ignored. Warp-collective, converged.
+// mma.m16n8k8 of tf32: c (16,8) += a (16,8) · b (8,8), fp32 accumulators. Operands are fp32 bits
+// that cvt_rna_tf32 has rounded; of others the low 13 bits are ignored. Warp-collective, converged.
 // Complete on return. smem_layout_f32.h says which lane holds which element.
 // PTX ISA, "mma"; sm_80+
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t* a,

@@ -33,8 +33,7 @@ struct TileLayoutF32 {
       return (chunk / 8 * kRows + row) * 128 + (chunk % 8 ^ 2 * key) * kChunkBytes;
     }
     const int place = row % 2 * 4 + (chunk - kFirst16);
-    return kFirst16 * kRows * kChunkBytes + row / 2 * 128 +
-           (place ^ row / 2 % 4 * 2) * kChunkBytes;
+    return kFirst16 * kRows * kChunkBytes + row / 2 * 128 + (place ^ row / 2 % 4 * 2) * kChunkBytes;
   }
 
   RASA_HD static constexpr int element_offset(int row, int column) {
@@ -96,8 +95,7 @@ struct LaneOffsetsByK {
 
   RASA_HD constexpr LaneOffsetsByK(int lane, int first_column) {
     for (int place = 0; place < 4; ++place) {
-      base[place] =
-          Tile::element_offset(2 * (lane % 4), first_column + 8 * place + lane / 4);
+      base[place] = Tile::element_offset(2 * (lane % 4), first_column + 8 * place + lane / 4);
       if (kHas16) {
         base16[place] = Tile::element_offset(2 * (lane % 4) + place / 2,
                                              kWideCols + 8 * (place % 2) + lane / 4);

@@ -42,8 +42,8 @@ struct WarpPlace {
 template <ConfigId kId, class Element, bool kDropout>
 class WarpProduct : TileShape<kId> {
   using Shape = TileShape<kId>;
-  using typename Shape::Accumulators, typename Shape::ATile, typename Shape::BTile;
   using Shape::kTilesM, Shape::kTilesN, Shape::kAByK, Shape::kBByK;
+  using typename Shape::Accumulators, typename Shape::ATile, typename Shape::BTile;
   static constexpr Layout kLayout = Shape::kTile.layout;
 
  public:

@@ -32,14 +32,12 @@ class FragmentF32 {
 template <ConfigId kId, bool kDropout>
 class WarpProduct<kId, float, kDropout> : TileShape<kId> {
   using Shape = TileShape<kId>;
-  using typename Shape::Accumulators, typename Shape::ATile, typename Shape::BTile;
   using Shape::kTilesM, Shape::kTilesN, Shape::kAByK, Shape::kBByK;
+  using typename Shape::Accumulators, typename Shape::ATile, typename Shape::BTile;
   static constexpr Layout kLayout = Shape::kTile.layout;
   static constexpr bool kSplits = Shape::kTile.splits_operands;
-  using AOffsets =
-      std::conditional_t<kAByK, LaneOffsetsByK<ATile>, LaneOffsetsByRow<ATile>>;
-  using BOffsets =
-      std::conditional_t<kBByK, LaneOffsetsByK<BTile>, LaneOffsetsByRow<BTile>>;
+  using AOffsets = std::conditional_t<kAByK, LaneOffsetsByK<ATile>, LaneOffsetsByRow<ATile>>;
+  using BOffsets = std::conditional_t<kBByK, LaneOffsetsByK<BTile>, LaneOffsetsByRow<BTile>>;
   // Of both m16n8k8 of a k16 block, one after the other.
   using AFragment = FragmentF32<8, kSplits>;
   using BFragment = FragmentF32<4, kSplits>;

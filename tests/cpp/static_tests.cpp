@@ -328,8 +328,8 @@ constexpr bool choice_holds(const ProblemShape& p, ConfigId id, int element_byte
   return c.layout == p.layout && c.smem_bytes() <= smem_bytes && is_for(id, smem_bytes) &&
          c.scales_segments == p.scales_segments &&
          (!c.walks || (p.num_segments == 1 && p.max_K <= c.block_k)) &&
-         c.element_bytes == element_bytes &&
-         !(is_merge(id) && p.has_row_dot) && (!p.has_dropout || has_dropout_kernel(id));
+         c.element_bytes == element_bytes && !(is_merge(id) && p.has_row_dot) &&
+         (!p.has_dropout || has_dropout_kernel(id));
 }
 constexpr bool choices_hold() {
   const int64_t sizes[] = {1, 48, 80, 96, 128, 160, 161, 4096};

@@ -132,7 +132,7 @@ F32_GROUPS: list[Group] = [
     ),
     _f32("row-dot-alone-f32", "TN", lambda: [dotted(m := MAKE(), wgrad(m, 45, 72, 156, (False,) * 2))]),
     *splits(39, 260, 196, F32, drops=True),
-    *splits(156, 308, 196, F32, drops=False),
+    *splits(156, 452, 304, F32, drops=False),
     _full("merge-f32", lambda: _merges(MAKE())),
     _full("merge-f32-strided", lambda: _merges(strided(MAKE(), 3))),
     _full("merge-f32-into-bf16", lambda: _merges(MAKE(), BF16)),
