@@ -31,7 +31,7 @@ from ptx.gemm_programs import (
 )
 from ptx.planned_gemm import SMALL_SMEM, Device, ProblemCase, SegmentCase
 
-SMALL = Device(smem_bytes=SMALL_SMEM)
+LARGE, SMALL = Device(), Device(smem_bytes=SMALL_SMEM)
 MAKE = partial(Maker, F32)
 # R, and rows and columns of the long matrices.
 SHAPES = {37: (70, 136), 39: (33, 61), 78: (70, 72), 74: (130, 40), 156: (70, 136), 148: (33, 72)}
@@ -39,7 +39,7 @@ SHAPES = {37: (70, 136), 39: (33, 61), 78: (70, 72), 74: (130, 40), 156: (70, 13
 Make = Callable[[], list[ProblemCase]]
 
 
-def _f32(name: str, layout: str, make: Make, device: Device = Device()) -> Group:
+def _f32(name: str, layout: str, make: Make, device: Device = LARGE) -> Group:
     return Group(name, layout, make, F32, F32, device)
 
 
@@ -67,7 +67,7 @@ def _segments() -> list[Group]:
 
         words = [layout, "scaled" if scaled else "summed", "f32"]
         words += ["drop"] * drops + ["split"] * split
-        return _f32("-".join(words), layout, cases, SPLITTING if split else Device())
+        return _f32("-".join(words), layout, cases, SPLITTING if split else LARGE)
 
     return [
         *(
@@ -115,7 +115,10 @@ F32_GROUPS: list[Group] = [
     *forms("one-row-f32", 14, 1, 40, MAKE),
     *forms("aligned-stride-f32", 28, 33, 72, lambda: strided(MAKE(), 4)),
     *_segments(),
-    *(_f32(f"{layout}-tiles-f32", layout, partial(_tiles, layout)) for layout in ("NT", "NN", "TN")),
+    *(
+        _f32(f"{layout}-tiles-f32", layout, partial(_tiles, layout))
+        for layout in ("NT", "NN", "TN")
+    ),
     *(
         _f32(f"{layout}-in-place-f32", layout, partial(in_place, layout, F32))
         for layout in ("NT", "NN", "TN")
@@ -130,7 +133,11 @@ F32_GROUPS: list[Group] = [
         "TN",
         lambda: [dropped(dotted(m := MAKE(), wgrad(m, 70, 136, 78, (True, False))))],
     ),
-    _f32("row-dot-alone-f32", "TN", lambda: [dotted(m := MAKE(), wgrad(m, 45, 72, 156, (False,) * 2))]),
+    _f32(
+        "row-dot-alone-f32",
+        "TN",
+        lambda: [dotted(m := MAKE(), wgrad(m, 45, 72, 156, (False,) * 2))],
+    ),
     *splits(39, 260, 196, F32, drops=True),
     *splits(156, 452, 304, F32, drops=False),
     _full("merge-f32", lambda: _merges(MAKE())),

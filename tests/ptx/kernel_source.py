@@ -25,7 +25,7 @@ def _source(kernels: list[tuple[Config, bool]]) -> str:
 
 
 def compile_kernels(kernels: list[tuple[Config, bool]], *archs: str) -> Path:
-    """Compile bf16 and fp32 kernels, each a config and whether it has dropout; a spill is an error."""
+    """Compile bf16 or fp32 kernels: configs, and whether they have dropout; a spill is an error."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise ExecutorError("nvcc is not on PATH")

@@ -113,7 +113,9 @@ def test_224_merges_take_two_launches() -> None:
 
 
 def test_224_merges_in_full_precision_are_right(module: Module) -> None:
-    run_and_check(module, full_precision("merges-f32", lambda: deltas(224, 24, F32)), ADVERSARIAL[1])
+    run_and_check(
+        module, full_precision("merges-f32", lambda: deltas(224, 24, F32)), ADVERSARIAL[1]
+    )
 
 
 def test_a_product_of_split_operands_is_nearly_that_of_float32(module: Module) -> None:
