@@ -67,7 +67,12 @@ class Config:
 
     @property
     def ldmatrix(self) -> int:
-        """ldmatrix of a warp in a k block: 16 rows of A, or two n8 tiles of B, at once."""
+        """ldmatrix of a warp in a k block: 16 rows of A, or two n8 tiles of B, at once.
+
+        fp32 fragments are loaded without it.
+        """
+        if self.element_bytes == 4:
+            return 0
         m, n = self.block_m // self.warps_m // 16, self.block_n // self.warps_n // 8
         return (m + (n + 1) // 2) * self.block_k // 16
 
