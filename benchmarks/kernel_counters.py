@@ -9,7 +9,7 @@ Nothing here is a time. A row of results/kernels_ptx.json says for one launch gr
     traffic_ratio         different sectors of global memory over the compulsory bytes, those of
                           operands, weights included, and result, each once: what DRAM must deliver
     l2_ratio              sectors of every access over the compulsory bytes: what L2 must deliver
-    bank_conflict_factor  of the main loop's copies and ldmatrix; 1.0 is none
+    bank_conflict_factor  of the main loop's copies and loads of fragments; 1.0 is none
     instructions_per_mma  PTX instructions of a warp per mma that one more tile of the main loop
                           costs: of tokens or features in shrink and wgrad, of rows in a walk
 
@@ -34,7 +34,7 @@ from report import RESULTS, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from ptx.executor import Counters, Module, Options, compile_ptx
-from ptx.executor.counters import counter_row
+from ptx.executor.counters import SharedTraffic, counter_row
 from ptx.gemm_programs import Maker, expand, merge, shrink, wgrad
 from ptx.kernel_source import compile_kernels
 from ptx.machine_code import KernelName, cuobjdump, parse_loops
@@ -49,7 +49,7 @@ FORMS: dict[str, tuple[str, Callable[[Maker, int, int, int], ProblemCase]]] = {
     "wgrad": ("TN", lambda m, M, N, R: wgrad(m, M, N, R, (True, True))),
     "merge": ("TN", merge),
 }
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def cases() -> Iterator[Case]:
         for R in (39, 156):
             for features in (576, 4096):
                 yield Case("f16", form, 512, features, R, small, "f16")
+                yield Case("f32", form, 512, features, R, small, "f32")
     whole = Device(132, LARGE_SMEM, UNSPLIT)
     for form in ("expand", "merge"):
         for features in FEATURES:
@@ -103,7 +104,8 @@ def run(case: Case) -> tuple[Planned, Counters, int]:
     layout, make = FORMS[case.form]
     dtype = DTYPES[case.dtype]
     problem = make(Maker(dtype), case.M, case.features, case.R)
-    planned = Planned(layout, dtype, [problem], dtype, case.device)
+    is_full_precision = case.dtype == "f32" and case.form == "merge"
+    planned = Planned(layout, dtype, [problem], dtype, case.device, is_full_precision)
     options = Options(check_races=False, poison=False, time_limit=600)
     total: Counters | None = None
     for result in planned.run(module(), options):
@@ -145,6 +147,7 @@ def measure(case: Case) -> dict[str, Any]:
     config = configs()[planned.launches[0].config]
     row = counter_row(case.name, counters, compulsory)
     loop = [counters.shared[kind] for kind in ("ldmatrix", "cp.async") if kind in counters.shared]
+    loop += fragment_loads(counters)
     M, N = (case.R if case.form == "wgrad" else case.M), case.features
     N = case.R + -case.R % 8 if case.form == "shrink" else N
     splits = planned.workspace_bytes // (4 * M * (N + -N % 4)) or 1
@@ -172,8 +175,15 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
+def fragment_loads(counters: Counters) -> list[SharedTraffic]:
+    """ld.shared of fp32 fragments: of all its loads, those that ptx.cuh spells out."""
+    lines = counters.by_line.items()
+    named = [counts for line, counts in lines if str(line).split(":")[0].endswith("ptx.cuh")]
+    return [counts.shared["ld"] for counts in named if "ld" in counts.shared]
+
+
 def machine_code(*archs: str) -> list[dict[str, Any]]:
-    """The main loop of each bf16 kernel, after ptxas."""
+    """The main loop of each bf16 and fp32 kernel, after ptxas."""
     kernels = [(c, d) for c in configs() for d in (False, True) if not d or c.has_dropout_kernel]
     rows = []
     for loop in parse_loops(cuobjdump("-sass", str(compile_kernels(kernels, *archs)))):

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <sstream>
+#include <string_view>
 
 #include "cpu/dropout_mask.h"
 #include "library_gemm.h"
@@ -104,11 +105,16 @@ struct Types {
   at::ScalarType main, adapter;
 };
 
-at::ScalarType to_scalar_type(DType dtype) {
-  return dtype == DType::kF64    ? at::kDouble
-         : dtype == DType::kF32  ? at::kFloat
-         : dtype == DType::kBF16 ? at::kBFloat16
-                                 : at::kHalf;
+at::ScalarType scalar_type(Products products) {
+  return products == Products::kF64    ? at::kDouble
+         : products == Products::kBF16 ? at::kBFloat16
+         : products == Products::kF16  ? at::kHalf
+                                       : at::kFloat;
+}
+
+// In full precision there are merges alone.
+bool has(Products products, const Case& c) {
+  return products != Products::kFullPrecision || std::string_view(c.form) == "merge";
 }
 
 // Normal values that the dtypes can hold, as float64 on the CPU.
@@ -143,8 +149,9 @@ Inputs make_inputs(const Case& c, const Types& types) {
 // The case on a device: its tensors, and the program that says what to do with them.
 class Run {
  public:
-  Run(const Case& c, const Inputs& in, const Types& types, at::Device device)
+  Run(const Case& c, const Inputs& in, const Types& types, Products products, at::Device device)
       : builder_("first use", types.main, types.adapter) {
+    if (products == Products::kFullPrecision) builder_.require_full_precision();
     const bool is_wgrad = c.layout == Layout::kTN;
     const at::ScalarType B_type = is_wgrad ? types.main : types.adapter;
     const at::ScalarType C_type = is_wgrad ? types.adapter : types.main;
@@ -209,8 +216,22 @@ class Run {
   std::vector<Tensor> kept_, results_;
 };
 
+// float32 as TF32 is multiplied: 10 bits of fraction, ties away from zero.
+Tensor to_tf32(const Tensor& t) {
+  const Tensor bits = t.to(at::kFloat).view(at::kInt);
+  return bits.add(0x1000).bitwise_and(~0x1fff).view(at::kFloat).to(at::kDouble);
+}
+
+Inputs rounded_to_tf32(Inputs in) {
+  for (SegmentInputs& s : in.segments) {
+    s.A = to_tf32(s.A);
+    s.B = to_tf32(s.B);
+  }
+  return in;
+}
+
 std::vector<Tensor> run_on_cpu(const Case& c, const Inputs& in, const Types& types) {
-  const Run run(c, in, types, at::kCPU);
+  const Run run(c, in, types, Products::kF32, at::kCPU);
   library_gemm(run.program(), at::kCPU, cpu::draw_mask);
   return run.results();
 }
@@ -232,27 +253,35 @@ Types types_of(const Case& c, at::ScalarType main) {
 }
 
 std::string failure_of(const Case& c, const Run& run, const NameKernelsFn& name_kernels,
-                       double error, double allowed, at::ScalarType type, at::Device device) {
+                       double error, double allowed, Products products, at::Device device) {
   std::ostringstream message;
   message << "rasa_ext: a kernel computes wrong numbers on " << device << " in "
-          << at::toString(type) << ": " << c.form << " (M " << c.M << ", N " << c.N << ", K "
-          << c.K.front() << (c.drops ? ", dropout" : "") << ") by " << name_kernels(run.program())
+          << (products == Products::kTF32            ? "TF32"
+              : products == Products::kFullPrecision ? "Float, of updates to weights"
+                                                     : at::toString(scalar_type(products)))
+          << ": " << c.form << " (M " << c.M << ", N " << c.N << ", K " << c.K.front()
+          << (c.drops ? ", dropout" : "") << ") by " << name_kernels(run.program())
           << " has an error of " << error << ", allowed are " << allowed
           << ". The ops refuse this dtype on this device in this process. `python -m rasa_ext` "
-             "runs every check: please report its output. float32 does not use these kernels.";
+             "runs every check: please report its output.";
+  if (products != Products::kFullPrecision) message << " float32 without TF32 uses no such kernel.";
   return message.str();
 }
 
 // Nothing if every case is right. Allowed are twice the error that the library has in the same
-// dtype, one rounding of the result, and the roundings of the float64 reference; not NaN.
-std::string find_failure(LaunchFn launch, const NameKernelsFn& name_kernels, at::ScalarType type,
+// dtype (of operands that are rounded to TF32 before, for that), one rounding of the result, and
+// the roundings of the float64 reference; not NaN.
+std::string find_failure(LaunchFn launch, const NameKernelsFn& name_kernels, Products products,
                          at::Device device) {
+  const at::ScalarType type = scalar_type(products);
   for (const Case& c : all_cases()) {
+    if (!has(products, c)) continue;
     const Types types = types_of(c, type);
     const Inputs in = make_inputs(c, types);
     const std::vector<Tensor> exact = run_on_cpu(c, in, {at::kDouble, at::kDouble});
-    const std::vector<Tensor> plain = run_on_cpu(c, in, types);
-    const Run run(c, in, types, device);
+    const std::vector<Tensor> plain =
+        run_on_cpu(c, products == Products::kTF32 ? rounded_to_tf32(in) : in, types);
+    const Run run(c, in, types, products, device);
     launch(run.program());
     const std::vector<Tensor> results = run.results();
     for (size_t i = 0; i < exact.size(); ++i) {
@@ -260,7 +289,7 @@ std::string find_failure(LaunchFn launch, const NameKernelsFn& name_kernels, at:
       const double allowed =
           2 * largest_error(plain[i], exact[i]) + epsilon(type) + 64 * epsilon(at::kDouble);
       if (!(error <= allowed)) {
-        return failure_of(c, run, name_kernels, error, allowed, type, device);
+        return failure_of(c, run, name_kernels, error, allowed, products, device);
       }
     }
   }
@@ -269,16 +298,16 @@ std::string find_failure(LaunchFn launch, const NameKernelsFn& name_kernels, at:
 
 }  // namespace
 
-void FirstUse::check(DType dtype, at::Device device) {
-  if (is_checked(dtype, device)) return;
+void FirstUse::check(Products products, at::Device device) {
+  if (is_checked(products, device)) return;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const std::lock_guard<std::mutex> lock(mutex_);
-  const size_t key = slot(dtype, device);
+  const size_t key = slot(products, device);
   if (passed_[key].load(std::memory_order_acquire)) return;
   auto found = failures_.find(key);
   if (found == failures_.end()) {
-    std::string failure = find_failure(launch_, name_kernels_, to_scalar_type(dtype), device);
+    std::string failure = find_failure(launch_, name_kernels_, products, device);
     if (failure.empty()) {
       passed_[key].store(true, std::memory_order_release);
       return;
@@ -288,10 +317,12 @@ void FirstUse::check(DType dtype, at::Device device) {
   TORCH_CHECK(false, found->second);
 }
 
-void for_each_first_use_program(DType dtype, const std::function<void(const Program&)>& visit) {
+void for_each_first_use_program(Products products,
+                                const std::function<void(const Program&)>& visit) {
   for (const Case& c : all_cases()) {
-    const Types types = types_of(c, to_scalar_type(dtype));
-    visit(Run(c, make_inputs(c, types), types, at::kCPU).program());
+    if (!has(products, c)) continue;
+    const Types types = types_of(c, scalar_type(products));
+    visit(Run(c, make_inputs(c, types), types, products, at::kCPU).program());
   }
 }
 

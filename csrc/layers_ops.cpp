@@ -52,6 +52,7 @@ std::vector<Tensor> rasa_delta_weights_body(LaunchFn launch, const LayerTensors&
 
   std::vector<Tensor> deltas;
   ProgramBuilder builder(op, dtype, first.scalar_type());
+  builder.require_full_precision();  // once for a model's life, and all errors stay
   builder.begin_group(Layout::kTN);
   for (size_t i = 0; i < layers.num_layers(); ++i) {
     const Adapter adapter = adapters[i];
@@ -78,6 +79,7 @@ void rasa_merge_body(LaunchFn launch, at::TensorList weights, const LayerTensors
   std::vector<std::pair<Tensor, Tensor>> merged;  // each weight, and itself or a row-major copy
   std::vector<const void*> starts;
   ProgramBuilder builder(op, delta_dtype(first.scalar_type()), first.scalar_type());
+  builder.require_full_precision();  // once for a model's life, and all errors stay
   builder.begin_group(Layout::kTN);
   for (size_t i = 0; i < weights.size(); ++i) {
     const Adapter adapter = adapters[i];

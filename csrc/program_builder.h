@@ -129,6 +129,9 @@ class ProgramBuilder {
     program_.segments.back().seed = seed;
   }
 
+  // Products of float32 stay float32's, even where torch allows TF32.
+  void require_full_precision() { program_.is_full_precision = true; }
+
   const Program& program() const { return program_; }
 
  private:

@@ -222,13 +222,21 @@ namespace {
 
 // (kernels that the check at first use runs, kernels there are), with CUDA or without.
 std::pair<std::vector<std::string>, std::vector<std::string>> first_use_kernels(
-    bool is_bf16, int32_t num_sms, int32_t smem_bytes) {
+    const std::string& name, int32_t num_sms, int32_t smem_bytes) {
+  TORCH_CHECK(name == "float32" || name == "bfloat16" || name == "float16",
+              "dtype must be float32, bfloat16 or float16, got ", name);
   const cuda::DeviceInfo device = {num_sms, smem_bytes};
-  const DType dtype = is_bf16 ? DType::kBF16 : DType::kF16;
+  const DType dtype = name == "float32"    ? DType::kF32
+                      : name == "bfloat16" ? DType::kBF16
+                                           : DType::kF16;
   std::vector<std::string> used;
-  for_each_first_use_program(dtype, [&](const Program& program) {
-    for (std::string& name : cuda::kernel_names(program, device)) used.push_back(name);
-  });
+  const auto use = [&](Products products) {
+    for_each_first_use_program(products, [&](const Program& program) {
+      for (std::string& name : cuda::kernel_names(program, device)) used.push_back(name);
+    });
+  };
+  use(dtype == DType::kF32 ? Products::kTF32 : static_cast<Products>(dtype));
+  if (dtype == DType::kF32) use(Products::kFullPrecision);
   return {used, cuda::all_kernel_names(dtype, device)};
 }
 
@@ -240,6 +248,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("micro_kernel_dtypes", &rasa::cpu::micro_kernel_dtypes);
   m.def("set_portable", &rasa::cpu::set_portable, pybind11::arg("portable"));
   m.def("set_cpu_launcher", &rasa::cpu::set_launcher, pybind11::arg("name"));
-  m.def("first_use_kernels", &rasa::first_use_kernels, pybind11::arg("is_bf16"),
+  m.def("first_use_kernels", &rasa::first_use_kernels, pybind11::arg("dtype"),
         pybind11::arg("num_sms"), pybind11::arg("smem_bytes"));
 }

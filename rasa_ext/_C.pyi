@@ -12,5 +12,5 @@ def set_portable(portable: bool) -> None:
 def set_cpu_launcher(name: str) -> None:
     """Run the CPU's programs by another launcher, for tests: csrc/cpu/launch.h names them."""
 
-def first_use_kernels(is_bf16: bool, num_sms: int, smem_bytes: int) -> tuple[list[str], list[str]]:
+def first_use_kernels(dtype: str, num_sms: int, smem_bytes: int) -> tuple[list[str], list[str]]:
     """CUDA kernels: those that the check at first use runs, and those there are."""

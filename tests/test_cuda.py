@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from cases import Case
 from layers import DTYPES, dtypes_id, linear_inputs, new_seed
+from reference import assert_accurate, error
 from torch import Tensor
 
 from rasa_ext import dropout_mask, grouped_gemm, rasa_linear
+from rasa_ext.layer_ops import Adapters, rasa_delta_weights
 
 CASE = Case("cuda", 200, 256, 192, 7, 32)
 P = 0.1
+TF32_EPS = 2.0**-10
 
 
 def leaves_of(dtypes, device="cuda") -> list[Tensor]:
@@ -104,19 +108,38 @@ def test_tensors_of_a_second_device_are_computed_there(dtypes):
     )
 
 
-def test_float32_multiplies_in_tf32_where_torch_is_told_to():
-    A, B = torch.randn(64, 512, device="cuda"), torch.randn(512, 64, device="cuda")
+def without_and_with_tf32(compute: Callable[[], Tensor]) -> list[Tensor]:
     before = torch.backends.cuda.matmul.allow_tf32
-    products = []
+    results = []
     try:
         for allow in (False, True):
             torch.backends.cuda.matmul.allow_tf32 = allow
-            products.append(grouped_gemm("NN", [A], [B])[0])
+            results.append(compute())
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+    return results
+
+
+@pytest.mark.parametrize("layout", ["NN", "NT", "TN"])
+def test_float32_multiplies_in_tf32_where_torch_is_told_to(layout):
+    A, B = torch.randn(64, 512, device="cuda"), torch.randn(512, 64, device="cuda")
     exact = A.double() @ B.double()
-    errors = [(C.double() - exact).norm().item() for C in products]
-    assert errors[1] > 10 * errors[0]
+    stored = [
+        t.T.contiguous() if letter == "T" else t for t, letter in zip((A, B), layout, strict=True)
+    ]
+    products = without_and_with_tf32(lambda: grouped_gemm(layout, *([t] for t in stored))[0])
+    errors = [error(C, exact) for C in products]
+    assert 10 * errors[0] < errors[1] < TF32_EPS
+
+
+def test_an_update_of_weights_is_float32s_even_where_tf32_is_allowed():
+    Bt, A, d = (torch.randn(*shape, device="cuda") for shape in ((39, 300), (39, 200), (39,)))
+    adapters = Adapters([A], [Bt], [d], [], [], [-1])
+    exact = (Bt.double() * d.double()[:, None]).T @ A.double()
+    plain = (Bt * d[:, None]).T @ A
+    deltas = without_and_with_tf32(lambda: rasa_delta_weights(adapters)[0])
+    assert torch.equal(*deltas)
+    assert_accurate(deltas[0], plain, exact)
 
 
 def test_a_first_use_during_capture_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from layers import DTYPES, add_inputs, dtypes_id
 
 import rasa_ext
 from rasa_ext import rasa_add
+from rasa_ext.layer_ops import Adapters, rasa_delta_weights
 
 CASE = Case("first_use", 5, 16, 8, 3, 4)
 
@@ -41,6 +42,22 @@ def test_a_wrong_launcher_is_refused_at_every_call(dtypes, cpu_launcher):
     assert "`python -m rasa_ext` runs every check" in messages[0]
 
 
+def allowed_error(run) -> tuple[str, float]:
+    with pytest.raises(RuntimeError, match="a kernel computes wrong numbers on cpu") as error:
+        run()
+    return str(error.value), float(re.search(r"allowed are (\S+)\.", str(error.value))[1])
+
+
+def test_float32_in_tf32_may_be_as_wrong_as_tf32_and_an_update_of_weights_as_float32(cpu_launcher):
+    x = torch.ones(2, 2)
+    adapter = Adapters([x], [x], [torch.ones(2)], [], [], [-1])
+    cpu_launcher("truncating_tf32")
+    message, allowed = allowed_error(lambda: rasa_ext.grouped_gemm("NN", [x], [x]))
+    assert "in TF32: shrink" in message and 2.0**-12 < allowed < 2.0**-9
+    message, allowed = allowed_error(lambda: rasa_delta_weights(adapter))
+    assert "in Float, of updates to weights: merge" in message and allowed < 2.0**-20
+
+
 def test_the_check_leaves_the_random_numbers_of_torch_alone(tmp_path):
     """In a process of its own, in which the check has not run."""
     script = (
@@ -56,8 +73,8 @@ def test_the_check_leaves_the_random_numbers_of_torch_alone(tmp_path):
 
 @pytest.mark.parametrize("smem_kib", [99, 163, 227])
 @pytest.mark.parametrize("num_sms", [16, 108, 132])
-@pytest.mark.parametrize("is_bf16", [True, False], ids=["bf16", "fp16"])
-def test_the_check_runs_every_cuda_kernel(is_bf16, num_sms, smem_kib):
-    used, existing = rasa_ext._C.first_use_kernels(is_bf16, num_sms, smem_kib * 1024)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_check_runs_every_cuda_kernel(dtype, num_sms, smem_kib):
+    used, existing = rasa_ext._C.first_use_kernels(dtype, num_sms, smem_kib * 1024)
     assert len(set(existing)) == len(existing)
     assert set(used) == set(existing)

@@ -19,10 +19,10 @@ void run_truncating(const Program& program) {
   run_library(shorter);
 }
 
-template <LaunchFn run>
+template <LaunchFn run, bool allows_tf32>
 void run_checked(const Program& program) {
   static FirstUse first_use(run, [](const Program&) { return std::string("a CPU launcher"); });
-  first_use.check(program.dtype, at::kCPU);
+  first_use.check(products_of(program, allows_tf32), at::kCPU);
   run(program);
 }
 
@@ -38,11 +38,14 @@ void set_launcher(const std::string& name) {
   } else if (name == "library") {
     launcher = run_library;
   } else if (name == "verified") {
-    launcher = run_checked<grouped_gemm>;
+    launcher = run_checked<grouped_gemm, false>;
+  } else if (name == "truncating_tf32") {
+    launcher = run_checked<run_truncating, true>;
   } else {
     TORCH_CHECK(name == "truncating",
-                "launcher must be tiles, library, verified or truncating, got ", name);
-    launcher = run_checked<run_truncating>;
+                "launcher must be tiles, library, verified, truncating or truncating_tf32, got ",
+                name);
+    launcher = run_checked<run_truncating, false>;
   }
 }
 

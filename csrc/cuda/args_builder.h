@@ -122,8 +122,10 @@ class ArgsBuilder {
 
   MatrixArg matrix(const BlockList& m) {
     MatrixArg arg = {static_cast<uint16_t>(blocks_.size()), static_cast<uint16_t>(m.num_blocks),
-                     m.dtype == DType::kF32, 1};
-    if (m.num_blocks > 0 && m.dtype != DType::kF32 && m.dtype != program_.dtype) {
+                     m.dtype == DType::kF32, 1, m.dtype == DType::kF16};
+    const bool is_known = m.dtype == DType::kF32 || m.dtype == program_.dtype ||
+                          (m.dtype != DType::kF64 && program_.dtype == DType::kF32);
+    if (m.num_blocks > 0 && !is_known) {
       throw std::invalid_argument("an operand has neither the program's dtype nor float32");
     }
     for (int32_t i = 0; i < m.num_blocks; ++i) {

@@ -1,4 +1,4 @@
-// The 16-bit element types, and loads that convert.
+// The element types, and loads that convert.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -59,9 +59,14 @@ __device__ __forceinline__ float load_scale(const void* scale, int i, DType dtyp
   return to_float(static_cast<const __half*>(scale)[i]);
 }
 
-// 8 factors from i on, of which `count` exist; zeros beyond.
-__device__ __forceinline__ void load_scales_8(float (&v)[8], const void* scale, int i, int count,
-                                              DType dtype) {
+// Factors from i on, of which `count` exist; zeros beyond.
+__device__ __forceinline__ void load_scales(float (&v)[4], const void* scale, int i, int count,
+                                            DType dtype) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) v[j] = j < count ? load_scale(scale, i + j, dtype) : 0.0f;
+}
+__device__ __forceinline__ void load_scales(float (&v)[8], const void* scale, int i, int count,
+                                            DType dtype) {
   const uint64_t address = reinterpret_cast<uint64_t>(scale) + int64_t{2} * i;
   if (dtype != DType::kF32 && count >= 8 && address % 16 == 0) {
     const uint4 pairs = *reinterpret_cast<const uint4*>(address);
@@ -90,11 +95,18 @@ __device__ __forceinline__ float4 load_4(uint64_t row, int i, int count, const M
   };
   return {at(0), at(1), at(2), at(3)};
 }
+template <>
+__device__ __forceinline__ float4 load_4<float>(uint64_t row, int i, int count,
+                                                const MatrixArg& matrix) {
+  return matrix.is_f16 ? load_4<__half>(row, i, count, matrix)
+                       : load_4<__nv_bfloat16>(row, i, count, matrix);
+}
 
-// 8 elements, likewise; 16 bytes of storage in one load, so that no sector is asked for twice.
+// A chunk of the kernel's elements, likewise; 16 bytes of storage in one load, so that no sector is
+// asked for twice.
 template <class Element>
-__device__ __forceinline__ void load_8(float (&v)[8], uint64_t row, int i, int count,
-                                       const MatrixArg& matrix) {
+__device__ __forceinline__ void load_chunk(float (&v)[8], uint64_t row, int i, int count,
+                                           const MatrixArg& matrix) {
   if (count >= 8 && matrix.is_aligned && !matrix.is_f32) {
     unpack_8(v, *reinterpret_cast<const uint4*>(row + int64_t{2} * i), Element());
     return;
@@ -103,6 +115,22 @@ __device__ __forceinline__ void load_8(float (&v)[8], uint64_t row, int i, int c
   const float4 hi = load_4<Element>(row, i + 4, count - 4, matrix);
   v[0] = lo.x, v[1] = lo.y, v[2] = lo.z, v[3] = lo.w;
   v[4] = hi.x, v[5] = hi.y, v[6] = hi.z, v[7] = hi.w;
+}
+template <class Element>
+__device__ __forceinline__ void load_chunk(float (&v)[4], uint64_t row, int i, int count,
+                                           const MatrixArg& matrix) {
+  const float4 chunk = load_4<Element>(row, i, count, matrix);
+  v[0] = chunk.x, v[1] = chunk.y, v[2] = chunk.z, v[3] = chunk.w;
+}
+
+template <class Element>
+__device__ __forceinline__ uint4 pack_chunk(const float (&v)[8]) {
+  return pack_8(v, Element());
+}
+template <class Element>
+__device__ __forceinline__ uint4 pack_chunk(const float (&v)[4]) {
+  return {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+          __float_as_uint(v[3])};
 }
 
 template <class Element>
@@ -129,6 +157,15 @@ __device__ __forceinline__ void store_4(uint64_t row, int i, int count, const Ma
   put(1, v.y);
   put(2, v.z);
   put(3, v.w);
+}
+template <>
+__device__ __forceinline__ void store_4<float>(uint64_t row, int i, int count,
+                                               const MatrixArg& matrix, const float4& v) {
+  if (matrix.is_f16) {
+    store_4<__half>(row, i, count, matrix, v);
+  } else {
+    store_4<__nv_bfloat16>(row, i, count, matrix, v);
+  }
 }
 
 }  // namespace rasa::cuda

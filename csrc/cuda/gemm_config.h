@@ -30,9 +30,20 @@ enum class ConfigId : int8_t {
   kMerge160,
   kMerge160Wide,
   kMergeSegments,
+  kF32Merge,
+  kF32Shrink40,
+  kF32Shrink80,
+  kF32Shrink160,
+  kF32ShrinkScaled,
+  kF32Expand,
+  kF32ExpandScaled,
+  kF32Wgrad48,
+  kF32Wgrad80,
+  kF32Wgrad160,
+  kF32WgradScaled,
   kReduce,  // no tile shape: the sum of partials, reduce_kernel.cuh
 };
-constexpr int kNumConfigs = 20;  // tile shapes
+constexpr int kNumConfigs = 31;  // tile shapes
 
 struct TileConfig {
   Layout layout;
@@ -44,14 +55,17 @@ struct TileConfig {
   // One k block holds the whole reduction, and a block keeps that of B, its panel, in shared memory
   // while it walks down a column of tiles. Stages are of A alone.
   bool walks;
+  int element_bytes = 2;
+  // Each fp32 operand is multiplied as the sum of two TF32 numbers: as exact as float32.
+  bool splits_operands = false;
 
   RASA_HD constexpr int threads() const { return 32 * warps_m * warps_n; }
   RASA_HD constexpr int warp_m() const { return block_m / warps_m; }
   RASA_HD constexpr int warp_n() const { return block_n / warps_n; }
   RASA_HD constexpr bool A_rows_are_k() const { return layout == Layout::kTN; }
   RASA_HD constexpr bool B_rows_are_k() const { return layout != Layout::kNT; }
-  RASA_HD constexpr int A_bytes() const { return block_m * block_k * 2; }
-  RASA_HD constexpr int B_bytes() const { return block_n * block_k * 2; }
+  RASA_HD constexpr int A_bytes() const { return block_m * block_k * element_bytes; }
+  RASA_HD constexpr int B_bytes() const { return block_n * block_k * element_bytes; }
   RASA_HD constexpr int stage_bytes() const { return A_bytes() + (walks ? 0 : B_bytes()); }
   RASA_HD constexpr int tiles_bytes() const {
     return stages * stage_bytes() + (walks ? B_bytes() : 0);
@@ -132,6 +146,28 @@ constexpr TileConfig tile_config(ConfigId id) {
       return {Layout::kTN, 96, 192, 160, 2, 4, 1, 1, false, true};
     case ConfigId::kMerge160Wide:
       return {Layout::kTN, 128, 256, 160, 2, 4, 2, 1, false, true};
+    case ConfigId::kF32Merge:
+      return {Layout::kTN, 128, 128, 16, 4, 2, 4, 1, false, false, 4, true};
+    case ConfigId::kF32Shrink40:
+      return {Layout::kNT, 128, 40, 32, 4, 1, 4, 1, false, false, 4};
+    case ConfigId::kF32Shrink80:
+      return {Layout::kNT, 128, 80, 32, 4, 1, 3, 1, false, false, 4};
+    case ConfigId::kF32Shrink160:
+      return {Layout::kNT, 128, 160, 16, 4, 2, 4, 1, false, false, 4};
+    case ConfigId::kF32ShrinkScaled:
+      return {Layout::kNT, 64, 40, 32, 4, 1, 3, 1, true, false, 4};
+    case ConfigId::kF32Expand:
+      return {Layout::kNN, 128, 128, 16, 4, 2, 4, 1, false, false, 4};
+    case ConfigId::kF32ExpandScaled:
+      return {Layout::kNN, 64, 128, 16, 4, 2, 3, 1, true, false, 4};
+    case ConfigId::kF32Wgrad48:
+      return {Layout::kTN, 48, 128, 32, 1, 4, 4, 1, false, false, 4};
+    case ConfigId::kF32Wgrad80:
+      return {Layout::kTN, 80, 128, 32, 1, 4, 3, 1, false, false, 4};
+    case ConfigId::kF32Wgrad160:
+      return {Layout::kTN, 160, 128, 16, 2, 4, 4, 1, false, false, 4};
+    case ConfigId::kF32WgradScaled:
+      return {Layout::kTN, 48, 128, 32, 1, 4, 3, 1, true, false, 4};
     default:
       return {Layout::kTN, 128, 128, 48, 4, 2, 2, 1, false, false};
   }
@@ -160,7 +196,9 @@ constexpr bool config_is_sound(ConfigId id) {
          (c.layout == Layout::kNT ? !c.walks : c.warp_n() % 16 == 0) && c.threads() <= 256;
 }
 
-constexpr bool is_merge(ConfigId id) { return id >= ConfigId::kMerge80 && id < ConfigId::kReduce; }
+constexpr bool is_merge(ConfigId id) {
+  return id >= ConfigId::kMerge80 && id <= ConfigId::kF32Merge;
+}
 
 // Which configs grouped_gemm.cu instantiates with dropout beside those without. The widest wgrad
 // has no registers left for it.

@@ -4,9 +4,9 @@
 //      ┌────────┬────────┐            other, of all problems of the launch (a persistent grid), by
 //      │ warp 0 │ warp 1 │ kWarpM     the loop below or, where B stays, that of column_walk.cuh.
 //    M ├────────┼────────┤            Shared memory:
-//      │ warp 2 │ warp 3 │              stages × (A tile, B tile), 16-bit, as stored globally and
-//      └────────┴────────┘              swizzled (smem_layout.h); over them, in the epilogue, the
-//        kWarpN                         staging rows of each warp in fp32
+//      │ warp 2 │ warp 3 │              stages × (A tile, B tile), as stored globally and swizzled
+//      └────────┴────────┘              (smem_layout.h, or smem_layout_f32.h); over them, in the
+//        kWarpN                         epilogue, the staging rows of each warp in fp32
 //                                       tables of row addresses: A, B, C, C_in
 //
 // The three forms differ in which axis of an operand is along its rows:
@@ -34,6 +34,8 @@
 #include "operand_tile.cuh"
 #include "split.h"
 #include "tile_order.h"
+#include "warp_product.cuh"
+#include "warp_product_f32.cuh"
 
 namespace rasa::cuda {
 
@@ -52,13 +54,15 @@ class GemmTile {
   // B is the smaller operand, but fp16 has no room for the product of two small factors, and Bt
   // starts from zero.
   static constexpr bool kScalesA = std::is_same_v<Element, __half>;
-  using ATile = TileLayout<kAByK ? kBlockK : kBlockM, kAByK ? kBlockM : kBlockK>;
-  using BTile = TileLayout<kBByK ? kBlockK : kBlockN, kBByK ? kBlockN : kBlockK>;
+  using ATile = typename TileShape<kId>::ATile;
+  using BTile = typename TileShape<kId>::BTile;
+  using Product = WarpProduct<kId, Element, kDropout>;
   static_assert(config_is_sound(kId), "a config must fit the shared memory it is chosen for");
+  static_assert(sizeof(Element) == kTile.element_bytes, "a config is of elements of one size");
 
  public:
   static constexpr bool kWalks = kTile.walks;
-  using Accumulators = float[kTilesM][kTilesN][4];
+  using Accumulators = typename TileShape<kId>::Accumulators;
 
   __device__ GemmTile(const KernelArgs& args, char* smem, int tile)
       : args_(args),
@@ -138,7 +142,8 @@ class GemmTile {
 #pragma unroll
     for (int kk = 0; kk < kBlockK / 16; ++kk) {
       if (16 * kk >= K) break;
-      multiply_k16(acc, smem_address(A_stage(slot)), smem_address(panel()), kk, kk);
+      Product(place()).multiply_k16(acc, smem_address(A_stage(slot)), smem_address(panel()), kk,
+                                    kk);
     }
   }
   // C_in in registers, if C and C_in are stored by chunks.
@@ -228,6 +233,10 @@ class GemmTile {
                                                           segment.B);
   }
 
+  __device__ WarpPlace place() const {
+    return {problem_, lane_, warp_m_, warp_n_, m0_, n0_, seed_};
+  }
+
   // A problem without dropout, whose threshold keeps all, has no seed.
   __device__ void read_seed(const SegmentArg& segment) {
     seed_ = problem_.drop_threshold > 0 ? static_cast<uint64_t>(*segment.seed) : 0;
@@ -260,80 +269,7 @@ class GemmTile {
     const uint32_t A = smem_address(A_stage(k)), B = smem_address(B_stage(k));
 #pragma unroll
     for (int kk = 0; kk < kBlockK / 16; ++kk) {
-      multiply_k16(acc, A, B, kk, k * (kBlockK / 16) + kk);
-    }
-  }
-
-  // Of the two operands' fragments, the fewer are kept in registers and the others pass by.
-  __device__ void multiply_k16(Accumulators& acc, uint32_t A, uint32_t B, int kk, int k16) const {
-    if constexpr (4 * kTilesM <= 2 * kTilesN) {
-      uint32_t a[kTilesM][4];
-#pragma unroll
-      for (int i = 0; i < kTilesM; ++i) A_fragment(a[i], A, i, kk, k16);
-#pragma unroll
-      for (int j = 0; j < kTilesN; j += 2) {
-        uint32_t b[4];
-        B_fragment(b, B, j, kk, k16);
-#pragma unroll
-        for (int i = 0; i < kTilesM; ++i) multiply(acc[i], a[i], b, j);
-      }
-    } else {
-      uint32_t b[(kTilesN + 1) / 2][4];
-#pragma unroll
-      for (int j = 0; j < kTilesN; j += 2) B_fragment(b[j / 2], B, j, kk, k16);
-#pragma unroll
-      for (int i = 0; i < kTilesM; ++i) {
-        uint32_t a[4];
-        A_fragment(a, A, i, kk, k16);
-#pragma unroll
-        for (int j = 0; j < kTilesN; j += 2) multiply(acc[i], a, b[j / 2], j);
-      }
-    }
-  }
-
-  // The n8 tiles j and j + 1, where the second one exists.
-  __device__ static void multiply(float (&acc)[kTilesN][4], const uint32_t (&a)[4],
-                                  const uint32_t (&b)[4], int j) {
-    mma_m16n8k16(acc[j], a, b[0], b[1], Element());
-    if (j + 1 < kTilesN) mma_m16n8k16(acc[j + 1], a, b[2], b[3], Element());
-  }
-
-  __device__ void A_fragment(uint32_t (&a)[4], uint32_t tile, int i, int kk, int k16) const {
-    const int m = warp_m_ + 16 * i;
-    if constexpr (kAByK) {
-      const ChunkCoord c = fragment_by_columns(lane_);
-      ldmatrix_x4_trans(a, tile + ATile::offset(16 * kk + c.row, m / kChunk + c.chunk));
-    } else {
-      const ChunkCoord c = fragment_by_rows(lane_);
-      ldmatrix_x4(a, tile + ATile::offset(m + c.row, 2 * kk + c.chunk));
-    }
-    if constexpr (kDropout && kLayout == Layout::kNT) {
-      uint32_t keep[4];
-      keep_masks(keep, seed_, problem_.drop_threshold, (m0_ + m) / 16, k16);
-#pragma unroll
-      for (int r = 0; r < 4; ++r) a[r] &= keep[r];
-    }
-  }
-
-  __device__ void B_fragment(uint32_t (&b)[4], uint32_t tile, int j, int kk, int k16) const {
-    const int n = warp_n_ + 8 * j;
-    if constexpr (kBByK) {
-      static_assert(kTilesN % 2 == 0, "n8 tiles come in pairs where B is stored (K,N)");
-      const ChunkCoord c = fragment_by_rows(lane_);
-      ldmatrix_x4_trans(b, tile + BTile::offset(16 * kk + c.row, n / kChunk + c.chunk));
-    } else if (j + 1 < kTilesN) {
-      const ChunkCoord c = fragment_by_columns(lane_);
-      ldmatrix_x4(b, tile + BTile::offset(n + c.row, 2 * kk + c.chunk));
-    } else {
-      const ChunkCoord c = fragment_by_columns(lane_ % 16);
-      ldmatrix_x2(b[0], b[1], tile + BTile::offset(n + c.row, 2 * kk + c.chunk));
-    }
-    if constexpr (kDropout && kLayout == Layout::kTN) {
-      // Tokens are along k here: an A fragment's masks, each transposed.
-      uint32_t keep[4];
-      keep_masks(keep, seed_, problem_.drop_threshold, k16, (n0_ + n) / 16);
-#pragma unroll
-      for (int q = 0; q < 4; ++q) b[q] &= movmatrix_trans(keep[q]);
+      Product(place()).multiply_k16(acc, A, B, kk, k * (kBlockK / 16) + kk);
     }
   }
 

@@ -27,6 +27,8 @@ template <class Element, ConfigId kId>
 ConfigKernels config_kernels() {
   if constexpr (kId == ConfigId::kReduce) {
     return {address(reduce_partials<Element>), nullptr};
+  } else if constexpr (tile_config(kId).element_bytes != sizeof(Element)) {
+    return {nullptr, nullptr};
   } else if constexpr (has_dropout_kernel(kId)) {
     return {address(grouped_gemm_sm80<kId, Element, false>),
             address(grouped_gemm_sm80<kId, Element, true>)};
@@ -43,11 +45,14 @@ KernelTable kernel_table(std::integer_sequence<int, kIds...>) {
 constexpr auto kAllConfigs = std::make_integer_sequence<int, kNumKernels>();
 const KernelTable kBFloat16Kernels = kernel_table<__nv_bfloat16>(kAllConfigs);
 const KernelTable kHalfKernels = kernel_table<__half>(kAllConfigs);
+const KernelTable kFloat32Kernels = kernel_table<float>(kAllConfigs);
 
 }  // namespace
 
 const void* find_kernel(const Launch& launch) {
-  const KernelTable& table = launch.element == DType::kBF16 ? kBFloat16Kernels : kHalfKernels;
+  const KernelTable& table = launch.element == DType::kF32    ? kFloat32Kernels
+                             : launch.element == DType::kBF16 ? kBFloat16Kernels
+                                                              : kHalfKernels;
   const ConfigKernels& kernels = table.configs[static_cast<int>(launch.config)];
   return launch.has_dropout ? kernels.with_dropout : kernels.plain;
 }

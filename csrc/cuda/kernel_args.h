@@ -14,8 +14,9 @@ constexpr int kLargeArgBytes = 32760;  // 32,764 at most, from CUDA 12.1 on, sm_
 
 struct MatrixArg {
   uint16_t first_block, num_blocks;
-  uint16_t is_f32;      // else the launch's 16-bit type
-  uint16_t is_aligned;  // every row starts at a multiple of 16 bytes
+  uint16_t is_f32;     // else the launch's 16-bit type; in a launch of fp32, what is_f16 says
+  uint8_t is_aligned;  // every row starts at a multiple of 16 bytes
+  uint8_t is_f16;      // else bf16
 };
 
 struct SegmentArg {

@@ -9,9 +9,16 @@ namespace rasa::cuda {
 
 // "NT 128x40x64 bf16 dropout": layout, tile and element say which kernel it is.
 inline std::string kernel_name(ConfigId config, DType element, bool has_dropout) {
-  const std::string type = element == DType::kBF16 ? " bf16" : " fp16";
-  if (config == ConfigId::kReduce) return "sum of partials" + type;
+  if (config == ConfigId::kReduce) {
+    return std::string("sum of partials") + (element == DType::kF32    ? " fp32"
+                                             : element == DType::kBF16 ? " bf16"
+                                                                       : " fp16");
+  }
   const TileConfig tile = tile_config(config);
+  const char* type = tile.splits_operands      ? " 3xtf32"
+                     : element == DType::kF32  ? " tf32"
+                     : element == DType::kBF16 ? " bf16"
+                                               : " fp16";
   const char* layout = tile.layout == Layout::kNT ? "NT" : tile.layout == Layout::kNN ? "NN" : "TN";
   std::string name = std::string(layout) + " " + std::to_string(tile.block_m) + "x" +
                      std::to_string(tile.block_n) + "x" + std::to_string(tile.block_k);
@@ -37,6 +44,7 @@ inline std::vector<std::string> all_kernel_names(DType element, const DeviceInfo
   for (int i = 0; i < kNumConfigs; ++i) {
     const ConfigId config = static_cast<ConfigId>(i);
     if (!is_for(config, device.smem_bytes)) continue;
+    if (tile_config(config).element_bytes != element_size(element)) continue;
     names.push_back(kernel_name(config, element, false));
     if (has_dropout_kernel(config)) names.push_back(kernel_name(config, element, true));
   }

@@ -9,8 +9,9 @@ namespace {
 // Lets the kernel have its dynamic shared memory, once per device. Two threads may both do it.
 cudaError_t allow_shared_memory(const void* kernel, const Launch& launch, int device) {
   constexpr int kMaxDevices = 128;  // torch's limit
-  static std::atomic<int32_t> allowed[kMaxDevices][2][kNumKernels][2];
-  std::atomic<int32_t>& bytes = allowed[device][launch.element == DType::kBF16]
+  constexpr int kElements = 4;      // values of DType
+  static std::atomic<int32_t> allowed[kMaxDevices][kElements][kNumKernels][2];
+  std::atomic<int32_t>& bytes = allowed[device][static_cast<int>(launch.element)]
                                        [static_cast<int>(launch.config)][launch.has_dropout];
   if (bytes.load(std::memory_order_relaxed) >= launch.smem_bytes) return cudaSuccess;
   const cudaError_t error =

@@ -8,7 +8,7 @@
 
 namespace rasa::cuda {
 
-constexpr int kNumKernels = kNumConfigs + 1;  // of an element: the tile shapes and kReduce
+constexpr int kNumKernels = kNumConfigs + 1;  // for each element: the tile shapes and kReduce
 
 // nullptr: there is none.
 const void* find_kernel(const Launch& launch);

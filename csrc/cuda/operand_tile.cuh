@@ -44,12 +44,14 @@ struct TileColumns {
   DType scale_dtype;
 };
 
+template <class Element>
 __device__ __forceinline__ bool is_copied(const MatrixArg& matrix) {
-  return matrix.is_aligned && !matrix.is_f32;
+  return matrix.is_aligned && matrix.is_f32 == (sizeof(Element) == 4);
 }
 
 // scale_k for the chunk at a row of the tile and a column of the operand; 0 beyond the reduction.
-__device__ __forceinline__ void load_factors(float (&factors)[kChunk], int row, int column,
+template <int kCount>
+__device__ __forceinline__ void load_factors(float (&factors)[kCount], int row, int column,
                                              const TileColumns& columns) {
   if (columns.scale_by_row) {
     const int k = columns.first_k + row;
@@ -57,7 +59,7 @@ __device__ __forceinline__ void load_factors(float (&factors)[kChunk], int row, 
 #pragma unroll
     for (float& x : factors) x = factor;
   } else {
-    load_scales_8(factors, columns.scale_k, column, columns.K - column, columns.scale_dtype);
+    load_scales(factors, columns.scale_k, column, columns.K - column, columns.scale_dtype);
   }
 }
 
@@ -73,14 +75,16 @@ __device__ __forceinline__ void copy_tile(uint32_t tile, const uint64_t* rows,
     if (Layout::kChunks % kThreads != 0 && index >= Layout::kChunks) break;
     const ChunkCoord c = Layout::coord(index);
     const uint64_t row = rows[c.row];
-    const int column = columns.first + c.chunk * kChunk;
+    const int column = columns.first + c.chunk * Layout::kElements;
     // Beyond the matrix is zero-filled, not skipped: the mma sums it, and stale bytes can be NaN.
-    const int bytes = row == 0 ? 0 : min(max(2 * (columns.limit - column), 0), kChunkBytes);
-    cp_async_16(tile + Layout::offset(c.row, c.chunk), row + int64_t{2} * column, bytes);
+    const int left = Layout::kElementBytes * (columns.limit - column);
+    const int bytes = row == 0 ? 0 : min(max(left, 0), kChunkBytes);
+    cp_async_16(tile + Layout::offset(c.row, c.chunk),
+                row + int64_t{Layout::kElementBytes} * column, bytes);
   }
 }
 
-// The same through registers: for fp32 storage, rows that are not aligned, and scale_k. The stores
+// The same through registers: for other storage, rows that are not aligned, and scale_k. The stores
 // are visible after the barrier that the tile's reader waits at anyway.
 template <class Layout, int kThreads, class Element>
 __device__ __forceinline__ void convert_tile(char* tile, const uint64_t* rows,
@@ -89,16 +93,16 @@ __device__ __forceinline__ void convert_tile(char* tile, const uint64_t* rows,
   for (int index = threadIdx.x; index < Layout::kChunks; index += kThreads) {
     const ChunkCoord c = Layout::coord(index);
     const uint64_t row = rows[c.row];
-    const int column = columns.first + c.chunk * kChunk;
-    float v[kChunk];
-    load_8<Element>(v, row, column, row == 0 ? 0 : columns.limit - column, matrix);
+    const int column = columns.first + c.chunk * Layout::kElements;
+    float v[Layout::kElements];
+    load_chunk<Element>(v, row, column, row == 0 ? 0 : columns.limit - column, matrix);
     if (columns.scale_k != nullptr && row != 0) {
-      float factors[kChunk];
+      float factors[Layout::kElements];
       load_factors(factors, c.row, column, columns);
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) v[j] *= factors[j];
+      for (int j = 0; j < Layout::kElements; ++j) v[j] *= factors[j];
     }
-    *reinterpret_cast<uint4*>(tile + Layout::offset(c.row, c.chunk)) = pack_8(v, Element());
+    *reinterpret_cast<uint4*>(tile + Layout::offset(c.row, c.chunk)) = pack_chunk<Element>(v);
   }
 }
 
@@ -106,7 +110,7 @@ __device__ __forceinline__ void convert_tile(char* tile, const uint64_t* rows,
 template <class Layout, int kThreads, bool kUnrolls, bool kScalesLater, class Element>
 __device__ __forceinline__ void load_tile(char* tile, const uint64_t* rows,
                                           const TileColumns& columns, const MatrixArg& matrix) {
-  if (is_copied(matrix) && (kScalesLater || columns.scale_k == nullptr)) {
+  if (is_copied<Element>(matrix) && (kScalesLater || columns.scale_k == nullptr)) {
     copy_tile<Layout, kThreads, kUnrolls>(smem_address(tile), rows, columns);
   } else {
     convert_tile<Layout, kThreads, Element>(tile, rows, columns, matrix);
@@ -118,7 +122,7 @@ __device__ __forceinline__ void load_tile(char* tile, const uint64_t* rows,
 template <class Layout, int kThreads, class Element>
 __device__ __forceinline__ void scale_tile(char* tile, const TileColumns& columns,
                                            const MatrixArg& matrix) {
-  if (columns.scale_k == nullptr || !is_copied(matrix)) return;
+  if (columns.scale_k == nullptr || !is_copied<Element>(matrix)) return;
   constexpr int kBlock = Layout::kWide == 0 ? 0 : 8 * Layout::kRowsOfTile;
   constexpr bool kByRow =
       kBlock > 0 && kBlock % kThreads == 0 && Layout::kWide * kBlock == Layout::kChunks;

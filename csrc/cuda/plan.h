@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "args_builder.h"
+#include "f32_kernels.h"
 #include "gemm_config.h"
 #include "kernel_args.h"
 #include "split.h"
@@ -36,8 +37,8 @@ class GroupPlanner {
  public:
   GroupPlanner(const Program& program, const Group& group, const DeviceInfo& device)
       : program_(program), group_(group), device_(device), builder_(program) {
-    if (program.dtype != DType::kBF16 && program.dtype != DType::kF16) {
-      throw std::invalid_argument("the CUDA kernels compute in bfloat16 or float16");
+    if (program.dtype == DType::kF64) {
+      throw std::invalid_argument("the CUDA kernels compute in bfloat16, float16 or float32");
     }
   }
 
@@ -110,12 +111,17 @@ class GroupPlanner {
       shape.max_K = std::max<int64_t>(shape.max_K, s->K);
       shape.scales_segments |= s->scale_m != nullptr && p.num_segments > 1;
     }
-    const ConfigId id = select_config(shape, device_.smem_bytes);
+    const ConfigId id = choose(shape);
     const size_t bytes = ArgsBuilder::num_bytes(p, segments(p), p.num_segments);
     if (bytes <= static_cast<size_t>(arg_bytes(id))) return id;
     // The kernels with a scale for each segment take the most arguments.
     shape.scales_segments = true;
-    return select_config(shape, device_.smem_bytes);
+    return choose(shape);
+  }
+
+  ConfigId choose(const ProblemShape& shape) const {
+    return program_.dtype == DType::kF32 ? select_f32_config(shape, program_.is_full_precision)
+                                         : select_config(shape, device_.smem_bytes);
   }
 
   TileConfig tile() const { return tile_config(kernel_.config); }

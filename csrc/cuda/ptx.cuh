@@ -92,6 +92,43 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// mma.m16n8k8 of tf32: c (16,8) += a (16,8) · b (8,8), fp32 accumulators. Operands are fp32 bits
+// that cvt_rna_tf32 has rounded; of others the low 13 bits are ignored. Warp-collective, converged.
+// Complete on return. smem_layout_f32.h says which lane holds which element.
+// PTX ISA, "mma"; sm_80+
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t* a,
+                                                 const uint32_t* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// cvt.rna.tf32: x rounded to 10 bits of fraction, ties away from zero, as fp32 bits. Any thread.
+// Complete on return.                                                    PTX ISA, "cvt"; sm_80+
+__device__ __forceinline__ uint32_t cvt_rna_tf32(float x) {
+  uint32_t result;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
+  return result;
+}
+
+// ld.shared: 4 or 8 bytes, from an address that is a multiple of that. Any thread. Complete on
+// return. Volatile with a "memory" clobber, as ldmatrix_x4.             PTX ISA, "ld"; sm_20+
+__device__ __forceinline__ float ld_shared(uint32_t smem) {
+  float result;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(result) : "r"(smem) : "memory");
+  return result;
+}
+__device__ __forceinline__ float2 ld_shared_2(uint32_t smem) {
+  float2 result;
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];"
+               : "=f"(result.x), "=f"(result.y)
+               : "r"(smem)
+               : "memory");
+  return result;
+}
+
 // prmt with sign replication: each half of the result is 0xffff or 0 as its bit 15 in x is set or
 // not. Any thread. Complete on return. Not __byte_perm, which cannot replicate signs.
 // PTX ISA, "prmt"; sm_20+

@@ -1,9 +1,12 @@
-// The CUDA backend: programs of 16-bit dtypes run on the kernels, others on the library. The only
-// file that sees torch and CUDA.
+// The CUDA backend: programs of 16-bit dtypes run on the kernels; so do those of float32 where
+// torch allows TF32, and those that ask for full precision; others on the library. The only file
+// that sees torch and CUDA.
+#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <torch/version.h>
 
 #include <array>
 #include <atomic>
@@ -11,6 +14,7 @@
 #include "../first_use.h"
 #include "../library_gemm.h"
 #include "../register_backend.h"
+#include "f32_kernels.h"
 #include "kernel_names.h"
 #include "launch.h"
 
@@ -88,25 +92,37 @@ std::string name_kernels(const Program& program) {
   return names;
 }
 
-void check_first_use(DType dtype, at::Device device) {
+// As torch decides for its own products.
+bool allows_tf32() {
+  if (at::NoTF32Guard::should_disable_tf32()) return false;
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+#else
+  return at::globalContext().float32Precision("cuda", "matmul") == "tf32";
+#endif
+}
+
+void check_first_use(Products products, at::Device device) {
   static FirstUse first_use(run_kernels, name_kernels);
-  if (first_use.is_checked(dtype, device)) return;
+  if (first_use.is_checked(products, device)) return;
   cudaStreamCaptureStatus capture;
   C10_CUDA_CHECK(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(), &capture));
   TORCH_CHECK(capture == cudaStreamCaptureStatusNone,
               "rasa_ext: the kernels are checked at their first use on a device, which cannot be "
               "captured in a CUDA graph: run the ops once, in the dtype of the graph, before the "
               "capture");
-  first_use.check(dtype, device);
+  first_use.check(products, device);
 }
 
 void launch_on_current_stream(const Program& program) {
   const at::Device device = current_device();
-  if (program.dtype == DType::kF64 || program.dtype == DType::kF32) {
+  const bool is_f32 = program.dtype == DType::kF32;
+  if (program.dtype == DType::kF64 || (is_f32 && !has_f32_kernels(program, allows_tf32()))) {
     library_gemm(program, device, draw_mask_on_current_stream);
     return;
   }
-  check_first_use(program.dtype, device);
+  check_first_use(products_of(program, is_f32), device);
   run_kernels(program);
 }
 

@@ -1,4 +1,4 @@
-// Where a tile's elements lie in shared memory, and which of them a lane passes to ldmatrix.
+// Where a 16-bit tile's elements lie in shared memory, and which of them a lane passes to ldmatrix.
 //
 // A tile is stored as in global memory, kCols 16-bit elements to a row, cut into column blocks of
 // 64, 32 and 16 elements that follow each other. Inside a block the 16-byte chunks of a row are
@@ -10,7 +10,7 @@
 
 namespace rasa::cuda {
 
-constexpr int kChunk = 8;  // elements in 16 bytes
+constexpr int kChunk = 8;  // 16-bit elements in 16 bytes
 constexpr int kChunkBytes = 16;
 
 struct ChunkCoord {
@@ -21,6 +21,7 @@ template <int kRows, int kCols>
 struct TileLayout {
   static_assert(kCols % 16 == 0 && kRows % 8 == 0, "a tile is cut into 8 x 16 elements at least");
 
+  static constexpr int kElements = kChunk, kElementBytes = 2;
   static constexpr int kRowsOfTile = kRows;
   static constexpr int kChunks = kRows * kCols / kChunk;
   static constexpr int kBytes = kChunks * kChunkBytes;

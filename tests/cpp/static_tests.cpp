@@ -2,8 +2,10 @@
 // It is C++17 without torch, as kernels are, and so shows that the headers they share are too.
 #include <utility>
 
+#include "cuda/f32_kernels.h"
 #include "cuda/gemm_config.h"
 #include "cuda/kernel_args.h"
+#include "cuda/smem_layout_f32.h"
 #include "cuda/split.h"
 #include "cuda/tile_order.h"
 #include "gemm_problem.h"
@@ -39,15 +41,15 @@ constexpr int banks(const int (&offsets)[8]) {
   return groups;
 }
 
-template <int kRows, int kCols>
-constexpr bool layout_holds() {
-  using Tile = TileLayout<kRows, kCols>;
+// Copies fill a tile of this many rows and chunks in a row, once and without bank conflicts.
+template <class Tile>
+constexpr bool copies_hold(int rows, int chunks) {
   bool is_used[Tile::kChunks] = {};
   for (int i = 0; i < Tile::kChunks; ++i) {
     const ChunkCoord c = Tile::coord(i);
     const int offset = Tile::offset(c.row, c.chunk);
-    if (c.row >= kRows || c.chunk >= kCols / kChunk || offset % kChunkBytes != 0 ||
-        offset >= Tile::kBytes || is_used[offset / kChunkBytes]) {
+    if (c.row >= rows || c.chunk >= chunks || offset % kChunkBytes != 0 || offset >= Tile::kBytes ||
+        is_used[offset / kChunkBytes]) {
       return false;
     }
     is_used[offset / kChunkBytes] = true;
@@ -60,6 +62,13 @@ constexpr bool layout_holds() {
     }
     if (banks(offsets) != 0xff) return false;
   }
+  return true;
+}
+
+template <int kRows, int kCols>
+constexpr bool layout_holds() {
+  using Tile = TileLayout<kRows, kCols>;
+  if (!copies_hold<Tile>(kRows, kCols / kChunk)) return false;
   for (int chunk = 0; chunk < kCols / kChunk; ++chunk) {  // 8 rows of an ldmatrix
     for (int row = 0; row < kRows; row += 8) {
       int offsets[8] = {};
@@ -69,13 +78,118 @@ constexpr bool layout_holds() {
   }
   return true;
 }
+// Lanes of one load whose words of 4 bytes lie in different banks: all 32 of ld.shared, or a half
+// warp of ld.shared.v2, from `lane` on.
+template <class Tile>
+constexpr bool f32_load_holds(int row0, int column0, int n, int r, bool rows_are_k, int lane) {
+  bool is_used[32] = {};
+  const int num_lanes = rows_are_k ? 32 : 16, words = rows_are_k ? 1 : 2;
+  for (int i = 0; i < num_lanes; ++i) {
+    const FragmentCoord c = f32_A_fragment(lane + i, n, r);
+    const int row = row0 + (rows_are_k ? c.k : c.mn), column = column0 + (rows_are_k ? c.mn : c.k);
+    const int offset = Tile::element_offset(row, column);
+    if (offset % (4 * words) != 0) return false;
+    for (int w = 0; w < words; ++w) {
+      const int bank = (offset / 4 + w) % 32;
+      if (is_used[bank] || Tile::element_offset(row, column + w) != offset + 4 * w) return false;
+      is_used[bank] = true;
+    }
+  }
+  return true;
+}
+
+// Rows along M or N come 8 at a time (B's fragment is the upper half of A's), rows along k 16.
+template <int kRows, int kCols>
+constexpr bool f32_layout_holds(bool rows_are_k) {
+  using Tile = TileLayoutF32<kRows, kCols>;
+  if (!copies_hold<Tile>(kRows, kCols / Tile::kElements)) return false;
+  for (int row = 0; row < kRows; row += rows_are_k ? 16 : 8) {
+    for (int column = 0; column < kCols; column += rows_are_k ? 8 : 16) {
+      for (int n = 0; n < 2; ++n) {
+        if (!rows_are_k && !(f32_load_holds<Tile>(row, column, n, 0, false, 0) &&
+                             f32_load_holds<Tile>(row, column, n, 0, false, 16))) {
+          return false;
+        }
+        for (int r = 0; rows_are_k && r < 4; r += 2) {
+          if (!f32_load_holds<Tile>(row, column, n, r, true, 0)) return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+// Each element of a k16 block is in one register of one lane, of A and of B at the same k; and its
+// two neighbours along k are those of one mma.m16n8k16 register, whose mask they take.
+constexpr bool f32_fragments_hold() {
+  bool is_held[16][16] = {};
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int n = 0; n < 2; ++n) {
+      for (int r = 0; r < 4; ++r) {
+        const FragmentCoord a = f32_A_fragment(lane, n, r), b = f32_B_fragment(lane, n, r / 2);
+        if (is_held[a.mn][a.k] || a.k != b.k || a.mn % 8 != b.mn) return false;
+        is_held[a.mn][a.k] = true;
+        // philox.h: lane, word and half of element (m, c).
+        const int word = a.mn / 8 + 2 * (a.k / 8), half = a.k % 2;
+        if (a.mn % 8 * 4 + a.k % 8 / 2 != lane || word != r % 2 + 2 * n || half != r / 2) {
+          return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+static_assert(f32_fragments_hold(), "fp32 fragments hold what 16-bit ones do, and its mask");
+
+// The offsets of a warp of `size` rows or columns, as the sum of a lane's own and a constant.
+template <class Tile>
+constexpr bool lane_offsets_hold(bool rows_are_k, int first, int size) {
+  for (int lane = 0; lane < 32; ++lane) {
+    const int lane_mn = lane / 4, lane_k = 2 * (lane % 4);
+    for (int mn = 0; mn < size; mn += 8) {
+      if (rows_are_k) {
+        const LaneOffsetsByK<Tile> at(lane, first);
+        for (int k = 0; k < Tile::kRowsOfTile; k += 8) {
+          for (int half = 0; half < 2; ++half) {
+            const int row = k + lane_k + half;
+            if (at(k, half, mn) != Tile::element_offset(row, first + mn + lane_mn)) return false;
+          }
+        }
+      } else if constexpr (Tile::kColsOfTile <= 32) {
+        const LaneOffsetsByRow<Tile> at(lane, first);
+        for (int k = 0; k < Tile::kColsOfTile; k += 8) {
+          if (at(mn, k) != Tile::element_offset(first + mn + lane_mn, k + lane_k)) return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+template <class Tile>
+constexpr bool warps_find(bool rows_are_k, int block, int warps) {
+  for (int warp = 0; warp < warps; ++warp) {
+    const int size = block / warps;
+    if (!lane_offsets_hold<Tile>(rows_are_k, warp * size, size)) return false;
+  }
+  return true;
+}
+
 template <int kId>
 constexpr bool layouts_hold() {
   constexpr TileConfig c = tile_config(static_cast<ConfigId>(kId));
   constexpr int A_rows = c.A_rows_are_k() ? c.block_k : c.block_m;
   constexpr int B_rows = c.B_rows_are_k() ? c.block_k : c.block_n;
-  return layout_holds<A_rows, c.block_m * c.block_k / A_rows>() &&
-         layout_holds<B_rows, c.block_n * c.block_k / B_rows>();
+  constexpr int A_cols = c.block_m * c.block_k / A_rows, B_cols = c.block_n * c.block_k / B_rows;
+  if constexpr (c.element_bytes == 4) {
+    using A = TileLayoutF32<A_rows, A_cols>;
+    using B = TileLayoutF32<B_rows, B_cols>;
+    return f32_layout_holds<A_rows, A_cols>(c.A_rows_are_k()) &&
+           f32_layout_holds<B_rows, B_cols>(c.B_rows_are_k()) &&
+           warps_find<A>(c.A_rows_are_k(), c.block_m, c.warps_m) &&
+           warps_find<B>(c.B_rows_are_k(), c.block_n, c.warps_n);
+  } else {
+    return layout_holds<A_rows, A_cols>() && layout_holds<B_rows, B_cols>();
+  }
 }
 template <int... kIds>
 constexpr bool all_layouts_hold(std::integer_sequence<int, kIds...>) {
@@ -209,13 +323,13 @@ constexpr bool configs_hold() {
 static_assert(configs_hold(), "every config fits the shared memory it is chosen for");
 
 // What the kernel of a config takes for granted, for problems of every form and size.
-constexpr bool choice_holds(const ProblemShape& p, int smem_bytes) {
-  const ConfigId id = select_config(p, smem_bytes);
+constexpr bool choice_holds(const ProblemShape& p, ConfigId id, int element_bytes, int smem_bytes) {
   const TileConfig c = tile_config(id);
   return c.layout == p.layout && c.smem_bytes() <= smem_bytes && is_for(id, smem_bytes) &&
          c.scales_segments == p.scales_segments &&
          (!c.walks || (p.num_segments == 1 && p.max_K <= c.block_k)) &&
-         !(is_merge(id) && p.has_row_dot) && (!p.has_dropout || has_dropout_kernel(id));
+         c.element_bytes == element_bytes && !(is_merge(id) && p.has_row_dot) &&
+         (!p.has_dropout || has_dropout_kernel(id));
 }
 constexpr bool choices_hold() {
   const int64_t sizes[] = {1, 48, 80, 96, 128, 160, 161, 4096};
@@ -226,8 +340,9 @@ constexpr bool choices_hold() {
           for (int bits = 0; bits < 16; ++bits) {
             const ProblemShape p = {layout,          M,        N, K, 1 + bits % 2, bits % 4 == 3,
                                     (bits & 4) != 0, bits >= 8};
-            if (!choice_holds(p, kSmallSmemBytes) || !choice_holds(p, kLargeSmemBytes)) {
-              return false;
+            for (const int smem : {kSmallSmemBytes, kLargeSmemBytes}) {
+              if (!choice_holds(p, select_config(p, smem), 2, smem)) return false;
+              if (!choice_holds(p, select_f32_config(p, false), 4, smem)) return false;
             }
           }
         }
@@ -237,6 +352,11 @@ constexpr bool choices_hold() {
   return true;
 }
 static_assert(choices_hold(), "a chosen config fits the GPU and the problem");
+static_assert(select_f32_config({Layout::kTN, 40, 24, 7, 1, false, false, false}, true) ==
+                      ConfigId::kF32Merge &&
+                  tile_config(ConfigId::kF32Merge).splits_operands &&
+                  tile_config(ConfigId::kF32Merge).layout == Layout::kTN,
+              "in full precision, operands are split");
 
 constexpr int arg_bytes_of(Layout layout, int64_t M, int64_t N, int64_t K, bool scales_segments) {
   const ProblemShape p = {layout, M, N, K, scales_segments ? 2 : 1, scales_segments, false, false};
@@ -258,6 +378,11 @@ constexpr bool rank_fits_one_tile(int64_t R) {
     const TileConfig wgrad = tile_config(
         select_config({Layout::kTN, R, long_axis, 4096, 1, false, false, false}, kSmallSmemBytes));
     if (shrink.block_n < R || wgrad.block_m < R) return false;
+    const TileConfig f32_shrink = tile_config(
+        select_f32_config({Layout::kNT, long_axis, R, 4096, 1, false, false, false}, false));
+    const TileConfig f32_wgrad = tile_config(
+        select_f32_config({Layout::kTN, R, long_axis, 4096, 1, false, false, false}, false));
+    if (f32_shrink.block_n < R || f32_wgrad.block_m < R) return false;
   }
   return true;
 }

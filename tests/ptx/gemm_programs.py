@@ -13,7 +13,7 @@ from ptx.planned_gemm import LARGE_SMEM, SMALL_SMEM, Device, ProblemCase, Segmen
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SPLITTING = Device(num_sms=7, reduce_launch=0)
-NAMES = {BF16: "bf16", F16: "f16"}
+NAMES = {BF16: "bf16", F16: "f16", F32: "f32"}
 # R = L·k + (r - k): (r, k) = (8, 1), (16, 2) and (32, 4) at L = 30 and 32, and odd ones.
 RANKS = {7: (0, 7), 14: (1, 13), 28: (16, 12)} | {
     L * k + 7 * k: (L * k, 7 * k) for L in (30, 32) for k in (1, 2, 4)
@@ -30,6 +30,7 @@ class Group:
     dtype: torch.dtype = BF16
     scale_dtype: torch.dtype = BF16
     device: Device = Device()
+    is_full_precision: bool = False
 
 
 class Maker:
@@ -146,7 +147,7 @@ def strided(m: Maker, extra: int) -> Maker:
     return m
 
 
-def _forms(
+def forms(
     name: str, R: int, M: int, width: int, make: Callable[[], Maker], drops: bool = False
 ) -> list[Group]:
     m = make()
@@ -172,7 +173,7 @@ def _ranks() -> list[Group]:
             for drops in (False, True):
                 R = R30 if drops == (dtype is BF16) else R32
                 name = f"R{R}-{NAMES[dtype]}" + ("-drop" if drops else "")
-                groups += _forms(name, R, 70, 136, partial(Maker, dtype), drops)
+                groups += forms(name, R, 70, 136, partial(Maker, dtype), drops)
     return groups
 
 
@@ -234,7 +235,7 @@ def _wide_sums(dtype: torch.dtype) -> list[ProblemCase]:
     return [both, wgrad(m, 70, 72, 156, (True, True))]
 
 
-def _pool(rows: int, layers: int, dtype: torch.dtype) -> list[ProblemCase]:
+def pool(rows: int, layers: int, dtype: torch.dtype) -> list[ProblemCase]:
     """dA_shared += Σ_layers d ∘ gᵀ · dropped x: a seed and gates for each layer, into fp32."""
     m = Maker(dtype, F32)
     case = segments(m, "TN", rows, 40, [16] * layers, True, F32)
@@ -242,8 +243,8 @@ def _pool(rows: int, layers: int, dtype: torch.dtype) -> list[ProblemCase]:
     return [dropped(replace(case, C=[total], C_in=[total]))]
 
 
-def _continued(m: Maker, layout: str) -> list[ProblemCase]:
-    """More row blocks than the arguments of one launch hold, added to a 16-bit C in place."""
+def continued(m: Maker, layout: str) -> list[ProblemCase]:
+    """More row blocks than the arguments of one launch hold, added to C in place."""
 
     def cut(t: Tensor) -> list[Tensor]:
         return [row[None] for row in t]
@@ -258,7 +259,7 @@ def _continued(m: Maker, layout: str) -> list[ProblemCase]:
     return [dropped(replace(case, segments=parts, C=[C], C_in=[C]), one_seed=layout == "NN")]
 
 
-def _splits(R: int, long: int, short: int, dtype: torch.dtype, drops: bool) -> list[Group]:
+def splits(R: int, long: int, short: int, dtype: torch.dtype, drops: bool) -> list[Group]:
     """Long reductions of few tiles."""
 
     def shrinks() -> list[ProblemCase]:
@@ -279,7 +280,7 @@ def _splits(R: int, long: int, short: int, dtype: torch.dtype, drops: bool) -> l
     ]
 
 
-def _in_place(layout: str, dtype: torch.dtype) -> list[ProblemCase]:
+def in_place(layout: str, dtype: torch.dtype) -> list[ProblemCase]:
     """Added to an fp32 C."""
     m = Maker(dtype)
     if layout == "TN":
@@ -325,37 +326,37 @@ def _row_dots() -> list[Group]:
 
 GROUPS: list[Group] = [
     *_ranks(),
-    *(g for R in (7, 14, 28) for g in _forms(f"R{R}", R, 33, 40, Maker)),
-    *_forms("many-tiles", 39, 200, 264, Maker),
-    *_forms("f32-adapter", 39, 33, 72, lambda: Maker(BF16, F32)),
-    *_forms("f32-adapter-f16", 14, 33, 40, lambda: Maker(F16, F32)),
+    *(g for R in (7, 14, 28) for g in forms(f"R{R}", R, 33, 40, Maker)),
+    *forms("many-tiles", 39, 200, 264, Maker),
+    *forms("f32-adapter", 39, 33, 72, lambda: Maker(BF16, F32)),
+    *forms("f32-adapter-f16", 14, 33, 40, lambda: Maker(F16, F32)),
     Group("expand-tiny-f16", "NN", lambda: [tiny(expand(Maker(F16, F32), 40, 72, 39))], F16, F32),
     Group("merge-tiny-f16", "TN", lambda: [tiny(merge(Maker(F16), 168, 40, 14))], F16, F16),
-    *_forms("aligned-stride", 39, 33, 72, lambda: strided(Maker(), 8)),
-    *_forms("odd-stride", 39, 33, 72, lambda: strided(Maker(), 3)),
-    *_forms("odd-width", 14, 33, 61, Maker),
-    *_forms("one-row", 14, 1, 40, Maker),
+    *forms("aligned-stride", 39, 33, 72, lambda: strided(Maker(), 8)),
+    *forms("odd-stride", 39, 33, 72, lambda: strided(Maker(), 3)),
+    *forms("odd-width", 14, 33, 61, Maker),
+    *forms("one-row", 14, 1, 40, Maker),
     Group("expand-in-place", "NN", lambda: [expand(Maker(), 70, 72, 39, in_place=True)]),
-    Group("shrink-in-place-f32", "NT", lambda: _in_place("NT", BF16)),
-    Group("expand-in-place-f32", "NN", lambda: _in_place("NN", F16), F16, F16),
-    Group("wgrad-in-place-f32", "TN", lambda: _in_place("TN", F16), F16, F16),
+    Group("shrink-in-place-f32", "NT", lambda: in_place("NT", BF16)),
+    Group("expand-in-place-f32", "NN", lambda: in_place("NN", F16), F16, F16),
+    Group("wgrad-in-place-f32", "TN", lambda: in_place("TN", F16), F16, F16),
     Group("wgrad-private-only", "TN", lambda: [wgrad(Maker(), 70, 40, 39, (False, True))]),
     Group("empty", "NN", _empty),
     Group("merge", "TN", lambda: [merge(Maker(), 200, 136, 39)]),
     Group("merge-f16", "TN", lambda: [merge(Maker(F16, F32), 168, 40, 14)], F16, F32),
     *_segments(),
-    Group("pool-30-layers", "TN", lambda: _pool(30, 30, BF16), BF16, F32),
-    Group("pool-32-layers-f16", "TN", lambda: _pool(64, 32, F16), F16, F32),
-    Group("TN-continued", "TN", lambda: _continued(Maker(), "TN")),
-    Group("NN-continued", "NN", lambda: _continued(Maker(), "NN")),
+    Group("pool-30-layers", "TN", lambda: pool(30, 30, BF16), BF16, F32),
+    Group("pool-32-layers-f16", "TN", lambda: pool(64, 32, F16), F16, F32),
+    Group("TN-continued", "TN", lambda: continued(Maker(), "TN")),
+    Group("NN-continued", "NN", lambda: continued(Maker(), "NN")),
     *_walks(39, BF16),
     *_walks(78, F16),
     *(g for dtype in (BF16, F16) for s in (SMALL_SMEM, LARGE_SMEM) for g in _walks(156, dtype, s)),
     Group("wide-sums", "TN", lambda: _wide_sums(BF16)),
     Group("wide-sums-f16", "TN", lambda: _wide_sums(F16), F16, F16),
-    *_forms("R156-tall", 156, 264, 264, Maker),
-    *_forms("R156-tall-f16", 156, 136, 136, lambda: Maker(F16)),
-    *_forms("R156-f32-adapter", 156, 136, 72, lambda: Maker(BF16, F32)),
+    *forms("R156-tall", 156, 264, 264, Maker),
+    *forms("R156-tall-f16", 156, 136, 136, lambda: Maker(F16)),
+    *forms("R156-f32-adapter", 156, 136, 72, lambda: Maker(BF16, F32)),
     Group("shrink-drop-tall", "NT", lambda: [dropped(shrink(Maker(), 264, 72, 156))]),
     Group(
         "shrink-drop-tall-f16", "NT", lambda: [dropped(shrink(Maker(F16), 264, 72, 156))], F16, F16
@@ -368,8 +369,8 @@ GROUPS: list[Group] = [
         F16,
     ),
     *_row_dots(),
-    *_splits(39, 520, 392, BF16, drops=True),
-    *_splits(37, 520, 392, F16, drops=False),
-    *_splits(78, 712, 392, F16, drops=True),
-    *_splits(156, 904, 608, BF16, drops=False),
+    *splits(39, 520, 392, BF16, drops=True),
+    *splits(37, 520, 392, F16, drops=False),
+    *splits(78, 712, 392, F16, drops=True),
+    *splits(156, 904, 608, BF16, drops=False),
 ]

@@ -16,7 +16,8 @@ _STRICT = "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror"
 def _source(kernels: list[tuple[Config, bool]]) -> str:
     lines = ['#include "cuda/gemm_kernel_sm80.cuh"', "namespace rasa::cuda {"]
     for config, has_dropout in kernels:
-        arguments = f"ConfigId::k{config.name}, __nv_bfloat16, {str(has_dropout).lower()}"
+        element = "float" if config.element_bytes == 4 else "__nv_bfloat16"
+        arguments = f"ConfigId::k{config.name}, {element}, {str(has_dropout).lower()}"
         lines.append(f"template __global__ void grouped_gemm_sm80<{arguments}>(")
         size = f"arg_bytes(ConfigId::k{config.name})"
         lines.append(f"    const __grid_constant__ ArgsBlock<{size}>);")
@@ -24,7 +25,7 @@ def _source(kernels: list[tuple[Config, bool]]) -> str:
 
 
 def compile_kernels(kernels: list[tuple[Config, bool]], *archs: str) -> Path:
-    """Compile bf16 kernels, each a config and whether it has dropout; a spill is an error."""
+    """Compile bf16 or fp32 kernels: configs, and whether they have dropout; a spill is an error."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise ExecutorError("nvcc is not on PATH")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ptx.plan_library import Config, configs
 
-_KERNEL = re.compile(r"ConfigIdE(\d+)E(13__nv_bfloat16|6__half)Lb([01])E")
-_ELEMENTS = {"13__nv_bfloat16": "bf16", "6__half": "f16"}
+_KERNEL = re.compile(r"ConfigIdE(\d+)E(13__nv_bfloat16|6__half|f)Lb([01])E")
+_ELEMENTS = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}
 
 
 @dataclass(frozen=True)

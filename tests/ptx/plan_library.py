@@ -50,6 +50,8 @@ class Config:
     scales_segments: bool
     smem_bytes: int
     has_dropout_kernel: bool
+    element_bytes: int
+    splits_operands: bool
 
     @property
     def threads(self) -> int:
@@ -58,13 +60,19 @@ class Config:
 
     @property
     def mma(self) -> int:
-        """mma.m16n8k16 of a warp in a k block."""
+        """Of a warp in a k block: mma.m16n8k16 of 16 bits, mma.m16n8k8 of TF32."""
         m, n = self.block_m // self.warps_m // 16, self.block_n // self.warps_n // 8
-        return m * n * self.block_k // 16
+        products = 3 if self.splits_operands else 1
+        return m * n * products * self.block_k // (32 // self.element_bytes)
 
     @property
     def ldmatrix(self) -> int:
-        """ldmatrix of a warp in a k block: 16 rows of A, or two n8 tiles of B, at once."""
+        """ldmatrix of a warp in a k block: 16 rows of A, or two n8 tiles of B, at once.
+
+        fp32 fragments are loaded without it.
+        """
+        if self.element_bytes == 4:
+            return 0
         m, n = self.block_m // self.warps_m // 16, self.block_n // self.warps_n // 8
         return (m + (n + 1) // 2) * self.block_k // 16
 
@@ -84,9 +92,9 @@ def configs() -> tuple[Config, ...]:
     layouts = {number: name for name, number in LAYOUTS.items()}
     found = []
     for number in range(plan_library().num_configs()):
-        shape = (C.c_int * 11)()
+        shape = (C.c_int * 13)()
         plan_library().config_shape(number, shape)
-        layout, *blocks, walks, scales, smem, dropout = shape
-        flags = (bool(walks), bool(scales), smem, bool(dropout))
+        layout, *blocks, walks, scales, smem, dropout, element_bytes, splits = shape
+        flags = (bool(walks), bool(scales), smem, bool(dropout), element_bytes, bool(splits))
         found.append(Config(number, names[number], layouts[layout], *blocks, *flags))
     return tuple(found)

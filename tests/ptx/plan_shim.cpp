@@ -14,13 +14,14 @@ extern "C" {
 int plan_group(int layout, int dtype, int scale_dtype, const rasa::Problem* problems,
                int num_problems, const rasa::Segment* segments, int num_segments,
                const rasa::Block* blocks, int num_blocks, int num_sms, int smem_bytes,
-               double reduce_launch) {
+               double reduce_launch, int is_full_precision) {
   rasa::Program program = {static_cast<rasa::DType>(dtype),
                            static_cast<rasa::DType>(scale_dtype),
                            {{static_cast<rasa::Layout>(layout), 0, num_problems}},
                            {problems, problems + num_problems},
                            {segments, segments + num_segments},
-                           {blocks, blocks + num_blocks}};
+                           {blocks, blocks + num_blocks},
+                           is_full_precision != 0};
   try {
     group_plan = rasa::cuda::plan(program, program.groups[0], {num_sms, smem_bytes, reduce_launch});
   } catch (const std::exception& error) {
@@ -49,7 +50,7 @@ int64_t workspace_bytes() { return group_plan.workspace_bytes; }
 int num_configs() { return rasa::cuda::kNumConfigs; }
 
 // out: layout, block_m, block_n, block_k, warps_m, warps_n, stages, walks, scales_segments,
-// smem_bytes, has_dropout_kernel
+// smem_bytes, has_dropout_kernel, element_bytes, splits_operands
 void config_shape(int id, int* out) {
   const auto config = static_cast<rasa::cuda::ConfigId>(id);
   const rasa::cuda::TileConfig c = rasa::cuda::tile_config(config);
@@ -63,8 +64,10 @@ void config_shape(int id, int* out) {
                         c.walks,
                         c.scales_segments,
                         c.smem_bytes(),
-                        rasa::cuda::has_dropout_kernel(config)};
-  for (int k = 0; k < 11; ++k) out[k] = values[k];
+                        rasa::cuda::has_dropout_kernel(config),
+                        c.element_bytes,
+                        c.splits_operands};
+  for (int k = 0; k < 13; ++k) out[k] = values[k];
 }
 
 int args_size(int i) { return static_cast<int>(group_plan.launches[i].args.num_bytes()); }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes as C
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from reference import DRAWS, assert_accurate
 from torch import Tensor
 
+from ptx import formats
 from ptx.executor import Buffer, Module, Options, Output, Result
 from ptx.plan_library import CSRC, LAYOUTS, configs, plan_library
 from rasa_ext import dropout_mask
@@ -124,9 +126,11 @@ class Planned:
         problems: list[ProblemCase],
         scale_dtype: torch.dtype,
         device: Device = Device(),
+        is_full_precision: bool = False,
     ) -> None:
         """Copy the tensors and plan."""
         self.dtype, self.cases = dtype, problems
+        self.is_full_precision = is_full_precision
         self._buffers: dict[int, tuple[Tensor, Buffer]] = {}
         self._blocks: list[Block] = []
         segments: list[Segment] = []
@@ -150,6 +154,7 @@ class Planned:
             device.num_sms,
             device.smem_bytes,
             C.c_double(device.reduce_launch),
+            is_full_precision,
         )
         if count < 0:
             raise ValueError(plan_library().plan_error().decode())
@@ -229,7 +234,7 @@ class Planned:
 
 def kernel_name(module: Module, launch: Launch, dtype: torch.dtype) -> str:
     """The instantiation that a launch names."""
-    element = "13__nv_bfloat16" if dtype is torch.bfloat16 else "6__half"
+    element = {torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}.get(dtype, "f")
     pattern = rf"ConfigIdE{launch.config}E{element}Lb{int(launch.has_dropout)}E"
     if launch.config == len(configs()):
         pattern = rf"reduce_partialsI{element}E"
@@ -243,20 +248,45 @@ def _axis(blocks: list[Tensor], length: int) -> Tensor:
     return torch.nn.functional.pad(whole, (0, 0, 0, max(0, length - len(whole))))[:length]
 
 
-def formula(layout: str, case: ProblemCase, dtype: torch.dtype, C_dtype: torch.dtype) -> Tensor:
+Rounding = Callable[[Tensor], Tensor]
+
+
+def exactly(operand: Tensor) -> Tensor:
+    """Round nothing."""
+    return operand
+
+
+def to_tf32(operand: Tensor) -> Tensor:
+    """float32 as torch multiplies it where TF32 is allowed: to nearest, ties away from zero."""
+    return torch.from_numpy(formats.to_tf32(operand.numpy()))
+
+
+def formula(
+    layout: str,
+    case: ProblemCase,
+    dtype: torch.dtype,
+    C_dtype: torch.dtype,
+    rounding: Rounding = exactly,
+) -> Tensor:
     """The contract in plain torch, operands and products in `dtype`."""
     total = torch.zeros(case.M, case.N, dtype=C_dtype)
     if case.C_in:
         total += _axis(case.C_in, case.M).to(C_dtype)
     for s in (s for s in case.segments if s.K):
-        product = _product(layout, case, s, dtype)
+        product = _product(layout, case, s, dtype, rounding)
         if s.scale_m is not None:
             product = s.scale_m.to(dtype)[:, None] * product
         total = total + product.to(C_dtype)
     return total
 
 
-def _product(layout: str, case: ProblemCase, s: SegmentCase, dtype: torch.dtype) -> Tensor:
+def _product(
+    layout: str,
+    case: ProblemCase,
+    s: SegmentCase,
+    dtype: torch.dtype,
+    rounding: Rounding = exactly,
+) -> Tensor:
     """op(A) · op(B) with dropout and scale_k."""
     mask = None
     if case.threshold:
@@ -273,25 +303,29 @@ def _product(layout: str, case: ProblemCase, s: SegmentCase, dtype: torch.dtype)
         a, b = (a * mask, b) if layout == "NT" else (a, b * mask)
     if s.scale_k is not None:
         a = a * s.scale_k.to(dtype)
-    product = a @ b
+    product = rounding(a) @ rounding(b)
     return product * mask if mask is not None and layout == "NN" else product
 
 
-def row_dot(layout: str, case: ProblemCase, dtype: torch.dtype) -> Tensor:
+def row_dot(
+    layout: str, case: ProblemCase, dtype: torch.dtype, rounding: Rounding = exactly
+) -> Tensor:
     """The contract's row_dot in plain torch."""
     if not case.N:
         return torch.zeros(case.M, dtype=dtype)
     (segment,) = case.segments
     with_ = _axis(case.row_dot_with, case.M).to(dtype)
-    return (with_ * _product(layout, case, segment, dtype)).sum(1)
+    return (with_ * _product(layout, case, segment, dtype, rounding)).sum(1)
 
 
 def check(planned: Planned, layout: str) -> None:
     """Compare every C and row_dot with float64 by the rule of reference.py."""
+    in_tf32 = planned.dtype is torch.float32 and not planned.is_full_precision
+    rounding = to_tf32 if in_tf32 else exactly
     for i, case in enumerate(planned.cases):
         if case.row_dot is not None:
             exact = row_dot(layout, case, torch.float64)
-            plain = row_dot(layout, case, planned.dtype)
+            plain = row_dot(layout, case, planned.dtype, rounding)
             out = planned.read(case.row_dot)
             assert_accurate(out, plain, exact, f"problem {i}, row_dot", dtype=planned.dtype)
         written = [t for t in case.C if isinstance(t, Tensor)]
@@ -299,7 +333,7 @@ def check(planned: Planned, layout: str) -> None:
             continue
         C_dtype = written[0].dtype
         exact = formula(layout, case, torch.float64, torch.float64)
-        plain = formula(layout, case, planned.dtype, C_dtype)
+        plain = formula(layout, case, planned.dtype, C_dtype, rounding)
         row = 0
         for t in case.C:
             if isinstance(t, int):

@@ -101,7 +101,8 @@ def by_name(name: str) -> Config:
 
 @pytest.mark.skipif(find_nvcc() is None, reason=SKIP_REASON)
 def test_main_loops_copy_16_bytes_at_once_and_multiply_no_more_than_the_config_says() -> None:
-    names = ("Shrink40", "Shrink160Tall", "Expand48", "Wgrad160Wide", "Merge160Wide")
+    names = ["Shrink40", "Shrink160Tall", "Expand48", "Wgrad160Wide", "Merge160Wide"]
+    names += ["F32Shrink40", "F32Expand", "F32Wgrad160", "F32Merge"]
     kernels = [(by_name(name), False) for name in names]
     fatbin = compile_kernels(kernels, "sm_80")
     loops = parse_loops(cuobjdump("-sass", str(fatbin)))
@@ -111,7 +112,8 @@ def test_main_loops_copy_16_bytes_at_once_and_multiply_no_more_than_the_config_s
         assert name is not None
         c = name.config
         assert (loop.hmma, loop.ldsm) == (c.mma, c.ldmatrix), loop
-        copies = [-(-rows * c.block_k // 8 // c.threads) for rows in (c.block_m, c.block_n)]
+        chunks = [rows * c.block_k * c.element_bytes // 16 for rows in (c.block_m, c.block_n)]
+        copies = [-(-count // c.threads) for count in chunks]
         expected = 2 if c.walks else sum(copies)  # a walk's copies are loops
         assert (loop.ldgsts_128, loop.ldgsts_other) == (expected, 0), loop
     resources = parse_resources(cuobjdump("--dump-resource-usage", str(fatbin)))
