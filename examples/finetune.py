@@ -199,7 +199,7 @@ def settings_of(args: argparse.Namespace, workers: Workers) -> dict[str, Any]:
     return {name: getattr(args, name) for name in SETTINGS} | {"model": str(args.model)}
 
 
-def main() -> None:
+def fine_tune() -> None:
     """Load, adapt, measure, train, measure again, save, and check what was saved."""
     args = parse_arguments()
     check_packages()
@@ -242,8 +242,9 @@ def main() -> None:
         run = TrainingState(settings, allocator=allocator)
 
     try:
-        if run.before is None and workers.is_first:
-            run.before = evaluate(model, data, args, "before")
+        with workers.first_alone():
+            if run.before is None and workers.is_first:
+                run.before = evaluate(model, data, args, "before")
         train(model, optimizer, data, run, state_path, interruption, workers, args)
         workers.part()
         if not workers.is_first:
@@ -280,9 +281,14 @@ def main() -> None:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Fine-tune; a signal ends it without a traceback, whenever it comes."""
     try:
-        main()
+        fine_tune()
     except Interrupted as early:
         print(f"\n{early}: stopped before training began; nothing new to save")
         sys.exit(early.exit_status)
+
+
+if __name__ == "__main__":
+    main()
