@@ -108,8 +108,10 @@ def test_the_exported_lora_gives_stock_peft_the_same_logits(lora_and_adapter):
     lora, adapted = lora_and_adapter
     ids = tokens(rows=2, length=20)
 
-    # As one vector. A row's error is what the layers' roundings become behind two softmaxes: sums
-    # in another order, of the same formula in plain torch, miss the bound for rows as often.
+    # As one vector. By row the bound is no judge here: a row's error is what roundings become
+    # behind two softmaxes. Of 200 batches PEFT missed it in 3, the authors' formula in plain torch
+    # in 26 when its features were summed in another order; the mean error of all is 3.1e-7 to
+    # 3.2e-7. PEFT gives to the bit the formula with d inside Bt; the next test judges that by row.
     models = (lora, authors_model(adapted), authors_model(adapted).double())
     out, in_plain_torch, exact = (logits(model, ids).flatten() for model in models)
 
