@@ -4,6 +4,7 @@
 #   make demo          fine-tune a small language model with RaSA; ARGS="--steps 100" passes options
 #   make test          the tests
 #   make check         what was built, and a self-check of every op
+#   make robustness    random calls, damaged files, 10,000 steps; ARGS=--sanitize adds ASan and UBSan
 #   make bench-quick   one table: frozen, LoRA, the authors' formula, rasa_ext
 #   make bench         every table and plot of the README and of benchmarks/README.md: 45 minutes
 #   make readme        writes the tables from benchmarks/results
@@ -33,7 +34,8 @@ INSTALLED_TORCH := $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py
 
 HAS_TORCH := import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)
 
-.PHONY: demo test check check-cuda-build gpu-check bench bench-quick readme kernel-counters lint clean
+.PHONY: demo test check robustness check-cuda-build gpu-check bench bench-quick bench-quality readme \
+  kernel-counters lint clean
 .NOTPARALLEL:
 
 demo: $(STAMP)-demo $(STAMP)-model
@@ -46,6 +48,9 @@ test: $(STAMP)-dev
 
 check: $(STAMP)-dev
 	cd $(VENV) && $(BIN)/python -m rasa_ext
+
+robustness: $(STAMP)-dev
+	PATH=$(BIN):$$PATH $(BIN)/python tests/robustness/run.py $(ARGS)
 
 # The CUDA build of torch takes some 5 GB. ARCH="8.0" builds one architecture, which is faster.
 TORCH_CUDA ?= torch==2.14.1

@@ -31,6 +31,16 @@ inline void check_device(const char* op, const at::Tensor& t, const char* name, 
               x.device(), ", got ", t.device());
 }
 
+// For Meta kernels: one tensor on the meta device is enough to be sent there, the others may be
+// real. Takes lists of tensors and of optional ones.
+template <class List>
+void check_devices(const char* op, const List& tensors, const char* name, const at::Tensor& x,
+                   const char* x_name = "x") {
+  for (const std::optional<at::Tensor> t : tensors) {
+    if (t.has_value() && t->defined()) check_device(op, *t, name, x, x_name);
+  }
+}
+
 inline void check_dtype(const char* op, const at::Tensor& t, const char* name,
                         at::ScalarType expected, const char* why) {
   TORCH_CHECK(t.scalar_type() == expected, op, ": ", name, " must have ", why, " dtype ",

@@ -5,6 +5,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <utility>
 
 #include "adapter_list.h"
@@ -21,6 +22,54 @@ void add_update(ProgramBuilder& builder, const Adapter& adapter, const Tensor& C
       .add_segment(builder.stack({&adapter.Bt_shared, &adapter.Bt}),
                    builder.stack({&adapter.A_shared, &adapter.A}), adapter.d.size(0))
       .scale_k = data(adapter.d);
+}
+
+// Where a matrix lies: `rows` runs of `width` bytes, each `stride` bytes after the one before. They
+// are the matrix's rows or its columns, whichever are further apart.
+struct Extent {
+  const char* begin;
+  int64_t rows, width, stride;
+  bool is_dense;  // no element of a row lies on another
+  const char* end() const { return begin + (rows - 1) * stride + width; }
+
+  explicit Extent(const Tensor& t) {
+    const int64_t outer = t.size(1) == 1 || (t.size(0) > 1 && t.stride(0) >= t.stride(1)) ? 0 : 1;
+    const int64_t element = t.element_size(), inner = t.size(1 - outer);
+    begin = static_cast<const char*>(t.const_data_ptr());
+    rows = t.size(outer);
+    width = ((inner - 1) * t.stride(1 - outer) + 1) * element;
+    stride = rows == 1 ? width : t.stride(outer) * element;
+    is_dense = inner == 1 || t.stride(1 - outer) > 0;
+  }
+
+  bool overlaps_itself() const { return !is_dense || stride < width; }
+
+  // Of a matrix that begins no earlier. Exact for two of one stride, as the columns of one matrix
+  // have; of any others, that one begins before the other ends.
+  bool overlaps(const Extent& other) const {
+    if (other.begin >= end()) return false;
+    const int64_t column = (other.begin - begin) % stride;
+    const bool is_of_one_stride = stride == other.stride || other.rows == 1;
+    return !is_of_one_stride || column < width || column + other.width > stride;
+  }
+};
+
+// Weights are written while others are read, on any number of threads.
+void check_apart(const char* op, const std::vector<Tensor>& weights) {
+  std::vector<Extent> extents;
+  for (const Tensor& weight : weights) extents.emplace_back(weight);
+  std::sort(extents.begin(), extents.end(),
+            [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  for (size_t i = 0; i < extents.size(); ++i) {
+    TORCH_CHECK(!extents[i].overlaps_itself(), op,
+                ": weights must not overlap themselves: an element would get two updates. Call "
+                ".contiguous()");
+    for (size_t j = i + 1; j < extents.size() && extents[j].begin < extents[i].end(); ++j) {
+      TORCH_CHECK(!extents[i].overlaps(extents[j]), op,
+                  ": weights must not share memory: a tied weight would get two updates. Untie "
+                  "them");
+    }
+  }
 }
 
 }  // namespace
@@ -77,7 +126,7 @@ void rasa_merge_body(LaunchFn launch, at::TensorList weights, const LayerTensors
   const c10::DeviceGuard guard(first.device());
 
   std::vector<std::pair<Tensor, Tensor>> merged;  // each weight, and itself or a row-major copy
-  std::vector<const void*> starts;
+  std::vector<Tensor> written;
   ProgramBuilder builder(op, delta_dtype(first.scalar_type()), first.scalar_type());
   builder.require_full_precision();  // once for a model's life, and all errors stay
   builder.begin_group(Layout::kTN);
@@ -92,13 +141,12 @@ void rasa_merge_body(LaunchFn launch, at::TensorList weights, const LayerTensors
     check_like_first(layer.c_str(), adapter.A, "A", first);
     const Sizes z = check_adapter(layer.c_str(), weight, weight.size(0), adapter, "weight");
     if (z.R() == 0 || weight.numel() == 0) continue;
-    starts.push_back(weight.mutable_data_ptr());
+    weight.mutable_data_ptr();  // of its own, should it share memory lazily
+    written.push_back(weight);
     merged.emplace_back(weight, row_major(weight));
     add_update(builder, adapter, merged.back().second, /*has_C_in=*/true);
   }
-  std::sort(starts.begin(), starts.end());
-  TORCH_CHECK(std::adjacent_find(starts.begin(), starts.end()) == starts.end(), op,
-              ": weights must not share memory: a tied weight would get two updates. Untie them");
+  check_apart(op, written);
   launch(builder.program());
   for (const auto& [weight, rows] : merged) {
     if (!rows.is_same(weight)) weight.copy_(rows);

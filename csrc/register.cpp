@@ -51,23 +51,24 @@ Tensor empty_s(const Tensor& x, at::TensorList d) {
   return at::empty_symint({x.sym_size(0), columns}, x.options());
 }
 
-// One tensor on the meta device is enough to be sent here: the others may be real.
-void check_devices(const char* op, at::TensorList tensors, const char* name, const Tensor& x) {
-  for (const Tensor& t : tensors) check_device(op, t, name, x);
+void check_seed_device(const char* op, double p, const OptionalTensor& seed, const Tensor& x) {
+  if (p > 0 && seed) check_device(op, *seed, "seed", x);
 }
 
 std::tuple<std::vector<Tensor>, Tensor> rasa_linears_meta(
     const Tensor& x, at::TensorList weight, const OptionalTensorList& bias, at::TensorList A,
-    at::TensorList A_shared, at::TensorList Bt, at::TensorList Bt_shared, at::TensorList d, double,
-    const OptionalTensor&) {
+    at::TensorList A_shared, at::TensorList Bt, at::TensorList Bt_shared, at::TensorList d,
+    double p, const OptionalTensor& seed) {
   check_linears_lists(weight.size(), bias.size(), {A, A_shared, Bt, Bt_shared, d});
   const char* op = weight.size() == 1 ? "rasa_linear" : "rasa_linears";
   check_devices(op, weight, "weight", x);
+  check_devices(op, bias, "bias", x);
   check_devices(op, A, "A", x);
   check_devices(op, A_shared, "A_shared", x);
   check_devices(op, Bt, "Bt", x);
   check_devices(op, Bt_shared, "Bt_shared", x);
   check_devices(op, d, "d", x);
+  check_seed_device(op, p, seed, x);
   std::vector<Tensor> y;
   for (const Tensor& w : weight) {
     y.push_back(at::empty_symint({x.sym_size(0), w.sym_size(0)}, x.options()));
@@ -77,15 +78,16 @@ std::tuple<std::vector<Tensor>, Tensor> rasa_linears_meta(
 
 std::tuple<Tensor, Tensor> rasa_add_meta(const Tensor& x, const Tensor& base, const Tensor& A,
                                          const Tensor& A_shared, const Tensor& Bt,
-                                         const Tensor& Bt_shared, const Tensor& d, double,
-                                         const OptionalTensor&) {
+                                         const Tensor& Bt_shared, const Tensor& d, double p,
+                                         const OptionalTensor& seed) {
   constexpr const char* op = "rasa_add";
-  check_devices(op, base, "base", x);
-  check_devices(op, A, "A", x);
-  check_devices(op, A_shared, "A_shared", x);
-  check_devices(op, Bt, "Bt", x);
-  check_devices(op, Bt_shared, "Bt_shared", x);
-  check_devices(op, d, "d", x);
+  check_device(op, base, "base", x);
+  check_device(op, A, "A", x);
+  check_device(op, A_shared, "A_shared", x);
+  check_device(op, Bt, "Bt", x);
+  check_device(op, Bt_shared, "Bt_shared", x);
+  check_device(op, d, "d", x);
+  check_seed_device(op, p, seed, x);
   return {at::empty_symint(base.sym_sizes(), x.options()), empty_s(x, d)};
 }
 
@@ -109,10 +111,18 @@ std::vector<Tensor> rasa_backward_meta(const OptionalTensorList& dy, const Tenso
 }
 
 std::vector<Tensor> grouped_gemm_meta(std::string_view layout, at::TensorList A, at::TensorList B,
-                                      at::IntArrayRef segments, const OptionalTensorList&,
-                                      const OptionalTensorList&, const OptionalTensorList&,
+                                      at::IntArrayRef segments, const OptionalTensorList& C_in,
+                                      const OptionalTensorList& scale_m,
+                                      const OptionalTensorList& scale_k,
                                       std::optional<at::ScalarType> out_dtype) {
+  constexpr const char* op = "grouped_gemm";
   check_group(layout, A, B, segments);
+  if (A.empty()) return {};
+  check_devices(op, A, "A", A[0], "the first A");
+  check_devices(op, B, "B", A[0], "the first A");
+  check_devices(op, C_in, "C_in", A[0], "the first A");
+  check_devices(op, scale_m, "scale_m", A[0], "the first A");
+  check_devices(op, scale_k, "scale_k", A[0], "the first A");
   std::vector<Tensor> results;
   size_t first = 0;
   for (const int64_t num_segments : segments) {

@@ -33,10 +33,20 @@ TORCH_LIBRARY_FRAGMENT(rasa_ext, m) {
 
 namespace {
 
+void check_adapter_devices(const char* op, const LayerTensors& layers, const Tensor& like) {
+  check_devices(op, layers.A, "A", like, "the first layer");
+  check_devices(op, layers.Bt, "Bt", like, "the first layer");
+  check_devices(op, layers.d, "d", like, "the first layer");
+  check_devices(op, layers.A_shared, "A_shared", like, "the first layer");
+  check_devices(op, layers.Bt_shared, "Bt_shared", like, "the first layer");
+}
+
 std::vector<Tensor> delta_weights_meta(at::TensorList A, at::TensorList Bt, at::TensorList d,
                                        at::TensorList A_shared, at::TensorList Bt_shared,
                                        at::IntArrayRef pools) {
   check_lists("rasa_delta_weights", {A, Bt, d, A_shared, Bt_shared, pools});
+  if (A.empty()) return {};
+  check_adapter_devices("rasa_delta_weights", {A, Bt, d, A_shared, Bt_shared, pools}, A[0]);
   std::vector<Tensor> deltas;
   for (size_t i = 0; i < A.size(); ++i) {
     deltas.push_back(at::empty_symint({Bt[i].sym_size(1), A[i].sym_size(1)},
@@ -45,9 +55,12 @@ std::vector<Tensor> delta_weights_meta(at::TensorList A, at::TensorList Bt, at::
   return deltas;
 }
 
-void merge_meta(at::TensorList, at::TensorList A, at::TensorList Bt, at::TensorList d,
+void merge_meta(at::TensorList weights, at::TensorList A, at::TensorList Bt, at::TensorList d,
                 at::TensorList A_shared, at::TensorList Bt_shared, at::IntArrayRef pools) {
   check_lists("rasa_merge_", {A, Bt, d, A_shared, Bt_shared, pools});
+  if (A.empty()) return;
+  check_devices("rasa_merge_", weights, "weight", A[0], "the first layer");
+  check_adapter_devices("rasa_merge_", {A, Bt, d, A_shared, Bt_shared, pools}, A[0]);
 }
 
 Tensor empty_s(const Tensor& x, const Tensor& d) {
@@ -55,7 +68,7 @@ Tensor empty_s(const Tensor& x, const Tensor& d) {
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> grouped_linear_meta(
-    at::TensorList xs, const OptionalTensorList& weights, const OptionalTensorList&,
+    at::TensorList xs, const OptionalTensorList& weights, const OptionalTensorList& biases,
     const OptionalTensorList& bases, at::TensorList A, at::TensorList Bt, at::TensorList d,
     at::TensorList A_shared, at::TensorList Bt_shared, at::IntArrayRef pools, at::ArrayRef<double>,
     const OptionalTensorList&) {
@@ -64,6 +77,12 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> grouped_linear_meta(
   check_length(op, xs, "xs", A.size());
   check_length(op, weights, "weights", A.size());
   check_length(op, bases, "bases", A.size());
+  if (xs.empty()) return {};
+  check_devices(op, xs, "x", xs[0], "the first x");
+  check_devices(op, weights, "weight", xs[0], "the first x");
+  check_devices(op, biases, "bias", xs[0], "the first x");
+  check_devices(op, bases, "base", xs[0], "the first x");
+  check_adapter_devices(op, {A, Bt, d, A_shared, Bt_shared, pools}, xs[0]);
   std::vector<Tensor> ys, s;
   for (size_t i = 0; i < xs.size(); ++i) {
     const OptionalTensor weight = weights[i], base = bases[i];
@@ -119,9 +138,18 @@ GradientLists grouped_backward_meta(const OptionalTensorList& dys, at::TensorLis
   return to_lists(std::move(grads));
 }
 
-void pool_gradients_meta(at::TensorList, at::TensorList, at::TensorList, at::TensorList,
-                         at::TensorList, at::TensorList, at::TensorList, at::IntArrayRef,
-                         at::ArrayRef<double>, const OptionalTensorList&) {}
+void pool_gradients_meta(at::TensorList dA_shared, at::TensorList dBt_shared, at::TensorList xs,
+                         at::TensorList dys, at::TensorList g, at::TensorList s, at::TensorList d,
+                         at::IntArrayRef, at::ArrayRef<double>, const OptionalTensorList&) {
+  constexpr const char* op = "rasa_pool_gradients_";
+  if (xs.empty()) return;
+  check_devices(op, dA_shared, "dA_shared", xs[0], "the first x");
+  check_devices(op, dBt_shared, "dBt_shared", xs[0], "the first x");
+  check_devices(op, dys, "dy", xs[0], "the first x");
+  check_devices(op, g, "g", xs[0], "the first x");
+  check_devices(op, s, "s", xs[0], "the first x");
+  check_devices(op, d, "d", xs[0], "the first x");
+}
 
 // Activations and base weights go to the autocast dtype; the adapters keep theirs, if it is wider.
 template <c10::DispatchKey autocast_key, c10::DeviceType device>

@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 2 examples/finetune.py --accumulate 2    # and so on any device
 
 Writes to --output: adapter.safetensors, the same as LoRA in lora/, loss.png, report.json and
-training_state.pt.
+training_state.pt. Both adapters are loaded in new processes (by reload.py, and by serve_lora.py,
+which knows stock PEFT only) and must give the same logits.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ import torch
 from evaluation import exact_match, held_out_loss
 from gsm_symbolic import GsmSymbolic
 from interruption import Interrupted, Interruption
-from language_model import add_model_arguments, check_folder, load_model, load_tokenizer
+from language_model import (
+    TOLERANCE,
+    add_model_arguments,
+    check_folder,
+    load_model,
+    load_tokenizer,
+)
 from loss_curve import save_plot
 from safetensors.torch import save_file
 from smollm2 import model_folder
@@ -43,6 +50,7 @@ CACHED_MODEL = Path("demo/SmolLM2-135M-Instruct")
 # Import name and pip name of what the demo needs beside rasa_ext.
 PACKAGES = {
     "transformers": "transformers",
+    "peft": "peft",
     "reasoning_gym": "reasoning-gym",
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
@@ -54,9 +62,6 @@ SETTINGS = (
     *("eval_problems", "answer_problems", "accumulate", "nproc_per_node"),
 )
 METHODS = ("rasa", "l1ra", "rasa+l1ra")
-# Relative Frobenius difference of the logits, merged against unmerged: what rounding W + delta to
-# the weight's dtype may cost. bf16 keeps 8 bits of a sum in which the update is the small part.
-MERGE_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -136,19 +141,20 @@ def logits_of(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids.to(next(model.parameters()).device)).logits.cpu()
 
 
-def check_reload(model: nn.Module, folder: Path, input_ids: torch.Tensor, args: Any) -> None:
-    """Load the saved adapter in a new process; exit unless it gives the same logits."""
+def check_saved(model: nn.Module, folder: Path, input_ids: torch.Tensor, args: Any) -> None:
+    """Load adapter and LoRA in new processes, the LoRA by PEFT alone; exit if logits differ."""
     with tempfile.TemporaryDirectory() as temporary:
-        saved = Path(temporary) / "logits.safetensors"
-        save_file({"input_ids": input_ids, "logits": logits_of(model, input_ids)}, saved)
-        script = Path(__file__).with_name("reload.py")
-        command = [sys.executable, script, folder, args.output / "adapter.safetensors", saved]
-        command += ["--dtype", args.dtype, "--device", args.device]
+        logits = Path(temporary) / "logits.safetensors"
+        save_file({"input_ids": input_ids, "logits": logits_of(model, input_ids)}, logits)
+        options = ["--logits", logits, "--dtype", args.dtype, "--device", args.device]
         if args.layers is not None:
-            command += ["--layers", str(args.layers)]
-        # A session of its own: a terminal's Ctrl-C reaches this process only, which ends that one.
-        if subprocess.run(list(map(str, command)), start_new_session=True).returncode != 0:
-            raise SystemExit("finetune: the saved adapter could not be verified in a new process")
+            options += ["--layers", args.layers]
+        for script, name in (("reload.py", "adapter.safetensors"), ("serve_lora.py", "lora")):
+            path = Path(__file__).with_name(script)
+            command = [sys.executable, path, folder, args.output / name, *options]
+            # A session of its own: Ctrl-C of a terminal reaches this process only, which ends that.
+            if subprocess.run(list(map(str, command)), start_new_session=True).returncode != 0:
+                raise SystemExit(f"finetune: {name} could not be verified in a new process")
 
 
 def export(model: nn.Module, folder: Path) -> None:
@@ -163,7 +169,7 @@ def check_merge(model: nn.Module, input_ids: torch.Tensor, args: argparse.Namesp
     apart = logits_of(model, input_ids).double()
     rasa_ext.merge(model)
     difference = ((logits_of(model, input_ids).double() - apart).norm() / apart.norm()).item()
-    tolerance = MERGE_TOLERANCE[args.dtype]
+    tolerance = TOLERANCE[args.dtype]
     if not difference <= tolerance:
         raise SystemExit(
             f"finetune: merging moved the logits by {difference:.1e} > {tolerance:.0e}"
@@ -193,7 +199,7 @@ def settings_of(args: argparse.Namespace, workers: Workers) -> dict[str, Any]:
     return {name: getattr(args, name) for name in SETTINGS} | {"model": str(args.model)}
 
 
-def main() -> None:
+def fine_tune() -> None:
     """Load, adapt, measure, train, measure again, save, and check what was saved."""
     args = parse_arguments()
     check_packages()
@@ -236,8 +242,9 @@ def main() -> None:
         run = TrainingState(settings, allocator=allocator)
 
     try:
-        if run.before is None and workers.is_first:
-            run.before = evaluate(model, data, args, "before")
+        with workers.first_alone():
+            if run.before is None and workers.is_first:
+                run.before = evaluate(model, data, args, "before")
         train(model, optimizer, data, run, state_path, interruption, workers, args)
         workers.part()
         if not workers.is_first:
@@ -250,8 +257,8 @@ def main() -> None:
         after = evaluate(model, data, args, "after")
         save_plot(args.output / "loss.png", run.losses, run.before["loss"], after["loss"])
         input_ids = data.collate(data.held_out[:2]).input_ids
-        check_reload(model, folder, input_ids, args)
         export(model, args.output / "lora")
+        check_saved(model, folder, input_ids, args)
         merge_difference = check_merge(model, input_ids, args)
     except Interrupted as signal:
         interruption.ignore()
@@ -274,9 +281,14 @@ def main() -> None:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Fine-tune; a signal ends it without a traceback, whenever it comes."""
     try:
-        main()
+        fine_tune()
     except Interrupted as early:
         print(f"\n{early}: stopped before training began; nothing new to save")
         sys.exit(early.exit_status)
+
+
+if __name__ == "__main__":
+    main()

@@ -48,10 +48,12 @@ class Interruption:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Finish the block before a signal that arrives inside it takes effect."""
+        """Finish the block before a signal that arrives inside it takes effect.
+
+        Of a block that fails none does: it stopped half-way, and that is nothing to save. torchrun
+        signals the others when one process has died, while their own errors take them down.
+        """
         self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
+        yield
+        self._held = False
         self.take_effect()

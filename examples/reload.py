@@ -1,8 +1,8 @@
 """Load model and adapter in a process of their own and compare logits with the training process.
 
-    python examples/reload.py MODEL ADAPTER LOGITS [--layers N] [--dtype D] [--device D]
+    python examples/reload.py MODEL ADAPTER --logits FILE [--layers N] [--dtype D] [--device D]
 
-LOGITS is a safetensors file with input_ids and the logits they gave. Exits with 1 unless the
+FILE is a safetensors file with input_ids and the logits they gave. Exits with 1 unless the
 logits are identical, bit for bit.
 """
 
@@ -26,7 +26,7 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("adapter", type=Path)
-    parser.add_argument("logits", type=Path)
+    parser.add_argument("--logits", type=Path, required=True)
     add_model_arguments(parser)
     args = parser.parse_args()
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -41,7 +43,12 @@ class Workers:
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         """Return what to call for training: gradients become the mean over all processes."""
-        return model if self.size == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+        if self.size == 1:
+            return model
+        # Buffers are constants. torch 2.13 has a new word for leaving them alone.
+        words = signature(DistributedDataParallel).parameters
+        word = "forward_sync_buffers" if "forward_sync_buffers" in words else "broadcast_buffers"
+        return DistributedDataParallel(model, **{word: False})
 
     def apart(self, engine: nn.Module, apart: bool) -> AbstractContextManager[None]:
         """Return a context in which gradients stay here, to be exchanged by a later backward."""
@@ -64,10 +71,17 @@ class Workers:
     def first_alone(self) -> Iterator[None]:
         """Let rank 0 finish the block before the others begin it."""
         if self.size > 1 and not self.is_first:
-            dist.barrier()
+            self._meet()
         yield
         if self.size > 1 and self.is_first:
-            dist.barrier()
+            self._meet()
+
+    def _meet(self) -> None:
+        # Not inside torch, where a signal would have to wait as well.
+        meeting = dist.barrier(async_op=True)
+        while not meeting.is_completed():
+            time.sleep(0.05)
+        meeting.wait()  # which raises what went wrong
 
     def part(self) -> None:
         """Leave the others: nothing is exchanged any more."""

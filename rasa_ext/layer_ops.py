@@ -87,8 +87,9 @@ def rasa_merge_(weights: Sequence[Tensor], adapters: Adapters) -> None:
     bfloat16 and float16, which may be mixed. Has no derivative.
 
     Raises:
-        RuntimeError: as in :func:`rasa_delta_weights`, or two weights share memory, or a tensor
-            requires a gradient while gradients are recorded. No weight is changed then.
+        RuntimeError: as in :func:`rasa_delta_weights`, or weights overlap one another or
+            themselves, or a tensor requires a gradient while gradients are recorded. No weight is
+            changed then.
     """
     if adapters.A:
         _ops.rasa_merge_(list(weights), *adapters)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rasa_ext.module import Operands, RaSALinear
 from rasa_ext.ops import rasa_linears
@@ -26,6 +27,50 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _logger = logging.getLogger(__name__)
 
 
+class _Torch(NamedTuple):
+    """What is asked of torch beside its public functions; its own modules use these as well."""
+
+    saved_tensors_hooks: Callable[[bool], object]
+    graph_task_id: Callable[[], int]
+    queue_callback: Callable[[Callable[[], None]], None]
+
+    @classmethod
+    def find(cls) -> _Torch | None:
+        """Return the functions; None if this torch lacks one, so that nothing can be shared."""
+        owners = (
+            (getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks"),
+            (torch._C, "_current_graph_task_id"),
+            (getattr(torch.autograd.Variable, "_execution_engine", None), "queue_callback"),
+        )
+        found = [getattr(owner, name, None) for owner, name in owners]
+        return None if None in found else cls(*found)  # type: ignore[arg-type]
+
+
+_torch = _Torch.find()
+
+
+class Sibling(Protocol):
+    """What a group asks of a member: a RaSALinear, or a layer of rasa_ext.peft."""
+
+    in_features: int
+    gates: bool
+    siblings: SiblingGroup | None
+    _buffers: dict[str, Tensor | None]
+
+    @property
+    def drop_rate(self) -> float:
+        """The dropout that acts now."""
+
+    def draw_seed(self, x: Tensor, p: float) -> Tensor | None:
+        """Return a seed of its own."""
+
+    def compute(self, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+        """Return the output for x as a matrix, computed alone."""
+
+    def operands(self, *, stored: bool = False) -> Operands | None:
+        """Return the tensors from which an op may compute it; None if it must be called."""
+
+
 class _Output(NamedTuple):
     """A member's output, and what it was computed from."""
 
@@ -33,7 +78,7 @@ class _Output(NamedTuple):
     operands: Operands
     state: tuple[object, ...]
 
-    def is_of(self, member: RaSALinear, x: Tensor) -> bool:
+    def is_of(self, member: Sibling, x: Tensor) -> bool:
         """Whether the member would compute it from the same tensors now."""
         now = member.operands(stored=True)
         return (
@@ -49,14 +94,14 @@ class _Turn:
     __slots__ = ("context", "outputs", "place", "seed", "waiting", "x")
 
     def __init__(
-        self, x: Tensor, context: _Context, seed: Tensor | None, waiting: set[RaSALinear]
+        self, x: Tensor, context: _Context, seed: Tensor | None, waiting: set[Sibling]
     ) -> None:
         """Begin; waiting are the members that have not been called since."""
         # Weak: a freed x matches nothing, also not a tensor that takes its place in memory.
         self.x = weakref.ref(x)
         self.place = _place(x)
         self.context, self.seed, self.waiting = context, seed, waiting
-        self.outputs: dict[RaSALinear, _Output] = {}
+        self.outputs: dict[Sibling, _Output] = {}
 
     def has_values_of(self, x: Tensor) -> bool:
         """Whether x is the turn's x, or other views of it: reentrant checkpointing passes those."""
@@ -80,7 +125,14 @@ def _place(x: Tensor) -> tuple[object, ...]:
     return (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
 
 
-def _state(member: RaSALinear, operands: Operands) -> tuple[object, ...] | None:
+def _computed(member: Sibling, stored: Operands) -> Operands:
+    """Return what an op takes: the d of a gated layer is computed from the c that it stores."""
+    computed = member.operands() if member.gates else stored
+    assert computed is not None
+    return computed
+
+
+def _state(member: Sibling, operands: Operands) -> tuple[object, ...] | None:
     """Return what changes when a tensor of a member is written; None if writes leave no trace."""
     tensors = (*operands, member._buffers.get("gate_scale"))
     if any(t is not None and t.is_inference() for t in tensors):
@@ -88,19 +140,15 @@ def _state(member: RaSALinear, operands: Operands) -> tuple[object, ...] | None:
     return tuple(None if t is None else (t._version, t.requires_grad) for t in tensors)
 
 
-def _context(x: Tensor, p: float) -> _Context:
+def _context(x: Tensor, p: float, of_torch: _Torch) -> _Context:
     device = x.device.type
     has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return _Context(
         p,
         torch.is_grad_enabled(),
         torch.get_autocast_dtype(device) if has_autocast else None,
-        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        of_torch.saved_tensors_hooks(True),
     )
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 class SiblingGroup:
@@ -113,7 +161,8 @@ class SiblingGroup:
     def __init__(self, name: str) -> None:
         """Make a group without members; the name is for messages."""
         self.name = name
-        self._members: list[weakref.ref[RaSALinear]] = []
+        self._members: list[weakref.ref[Sibling]] = []
+        self._hooks: list[RemovableHandle] = []
         # By thread: the turn, and whether the parent's forward is running.
         self._turns: dict[int, _Turn] = {}
         self._open: set[int] = set()
@@ -122,16 +171,28 @@ class SiblingGroup:
         self._to_be_repeated = 0  # turns that checkpointing saw and has not repeated yet
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle without members and turns; see RaSALinear.__setstate__."""
+        """Copy and pickle without members and turns; see __setstate__ of the members."""
         return SiblingGroup, (self.name,)
 
-    def join(self, member: RaSALinear) -> None:
+    def join(self, member: Sibling) -> None:
         """Add a member."""
         self._members.append(weakref.ref(member))
         member.siblings = self
 
+    def watch(self, parent: nn.Module) -> None:
+        """Let turns end with parent's forward."""
+        self._hooks.append(parent.register_forward_pre_hook(self.begin))
+        self._hooks.append(parent.register_forward_hook(self.end, always_call=True))
+
+    def dissolve(self) -> None:
+        """Part the members, and leave no hook behind."""
+        for hook in self._hooks:
+            hook.remove()
+        for member in self.members:
+            member.siblings = None
+
     @property
-    def members(self) -> list[RaSALinear]:
+    def members(self) -> list[Sibling]:
         """Return the members that exist, in the order in which they joined."""
         alive = (ref() for ref in self._members)
         return [member for member in alive if member is not None]
@@ -141,13 +202,13 @@ class SiblingGroup:
         """Whether one op computes the members; no more once that proved to be wasted work."""
         return self._fuses
 
-    def forward(self, member: RaSALinear, x: Tensor) -> Tensor:
+    def forward(self, member: Sibling, x: Tensor) -> Tensor:
         """Return member's output for x as a matrix."""
         p = member.drop_rate
-        if x.is_inference() or torch.is_inference_mode_enabled():
-            # Writes to x leave no trace there, so nothing can be kept for it.
+        if _torch is None or x.is_inference() or torch.is_inference_mode_enabled():
+            # In inference mode writes to x leave no trace, so nothing can be kept for it.
             return member.compute(x, p, member.draw_seed(x, p))
-        thread, context = threading.get_ident(), _context(x, p)
+        thread, context = threading.get_ident(), _context(x, p, _torch)
         turn = self._turns.get(thread)
         if turn is None or turn.context != context or member not in turn.waiting:
             self._end_turn(thread, counts=True)
@@ -189,16 +250,18 @@ class SiblingGroup:
         if thread in self._open:
             return True
         # Backward repeats what the parent checkpointed inside its forward.
-        if not self._was_open or not _in_backward():
+        if _torch is None or not self._was_open or not self._in_backward():
             return False
-        engine = torch.autograd.Variable._execution_engine
-        engine.queue_callback(lambda: self._end_turn(thread, counts=False))
+        _torch.queue_callback(lambda: self._end_turn(thread, counts=False))
         return True
 
-    def _compute_all(self, turn: _Turn, first: RaSALinear, x: Tensor) -> None:
+    def _in_backward(self) -> bool:
+        return _torch is not None and _torch.graph_task_id() != -1
+
+    def _compute_all(self, turn: _Turn, first: Sibling, x: Tensor) -> None:
         # Checkpointing wants backward to save the tensors that forward saved: as long as it will
         # repeat a turn, all are computed alike.
-        if self._wastes and self._fuses and self._to_be_repeated <= 0 and not _in_backward():
+        if self._wastes and self._fuses and self._to_be_repeated <= 0 and not self._in_backward():
             self._fuses = False
             _logger.info(
                 "rasa_ext: %s are fed different tensors; each is computed on its own from now on",
@@ -209,7 +272,7 @@ class SiblingGroup:
             return
         p = turn.context.p
         kind = [(t.dtype, t.device) for t in (mine.weight, mine.A)]
-        family: dict[RaSALinear, tuple[Operands, tuple[object, ...]]] = {}
+        family: dict[Sibling, tuple[Operands, tuple[object, ...]]] = {}
         for member in self.members:
             theirs = mine if member is first else member.operands(stored=True)
             if theirs is None or member.drop_rate != p:
@@ -219,7 +282,7 @@ class SiblingGroup:
                 family[member] = theirs, state
         if first not in family or len(family) < 2:
             return
-        operands = (stored._replace(d=member.d) for member, (stored, _) in family.items())
+        operands = [_computed(member, stored) for member, (stored, _) in family.items()]
         weight, bias, A, A_shared, Bt, Bt_shared, d = map(list, zip(*operands, strict=True))
         rows = x if x.dim() == 2 else x.reshape(-1, first.in_features)
         y = rasa_linears(rows, weight, bias, A, A_shared, Bt, Bt_shared, d, p, turn.seed)
@@ -227,7 +290,7 @@ class SiblingGroup:
         for (member, (stored, state)), output in zip(family.items(), y, strict=True):
             turn.outputs[member] = _Output(output, stored, (of_x, state))
         if turn.context.saved_tensors_hooks is not None:
-            self._to_be_repeated += -1 if _in_backward() else 1
+            self._to_be_repeated += -1 if self._in_backward() else 1
 
     def _end_turn(self, thread: int, *, counts: bool) -> None:
         turn = self._turns.pop(thread, None)
@@ -274,25 +337,38 @@ def link_siblings(parent: nn.Module, names: Sequence[str]) -> None:
             "link_siblings: siblings must have one (in_features, dropout), got "
             + ", ".join(f"{name}: {kind}" for name, kind in zip(names, kinds, strict=True))
         )
+    _link(parent, list(names), layers)
+
+
+def _link(parent: nn.Module, names: list[str], layers: Sequence[Sibling]) -> None:
     group = SiblingGroup(f"{', '.join(names)} of {type(parent).__name__}")
     for layer in layers:
         group.join(layer)
-    parent.register_forward_pre_hook(group.begin)
-    parent.register_forward_hook(group.end, always_call=True)
+    group.watch(parent)
 
 
-def link_all(root: nn.Module) -> None:
-    """Link what SIBLINGS names in every module of root, where one op can compute it."""
+def _family(layer: RaSALinear) -> object:
+    operands = layer.operands()
+    if operands is None:
+        return None
+    weight = operands.weight
+    return (layer.in_features, layer.dropout, weight.dtype, weight.device)
+
+
+def link_all(
+    root: nn.Module, kind: Any = RaSALinear, family: Callable[[Any], object] = _family
+) -> None:
+    """Link what SIBLINGS names in every module of root, where one op can compute it.
+
+    kind: of the layers. family: maps a layer to what siblings have in common, or to None.
+    """
     for parent in root.modules():
         for names in SIBLINGS:
-            kinds: dict[object, list[str]] = {}
+            families: dict[object, dict[str, Sibling]] = {}
             for name in names:
                 layer = parent._modules.get(name)
-                if isinstance(layer, RaSALinear) and layer.siblings is None:
-                    operands = layer.operands()
-                    if operands is not None:
-                        kind = (layer.in_features, layer.dropout, operands.weight.dtype)
-                        kinds.setdefault((kind, operands.weight.device), []).append(name)
-            for alike in kinds.values():
-                if len(alike) > 1:
-                    link_siblings(parent, alike)
+                if isinstance(layer, kind) and layer.siblings is None:
+                    families.setdefault(family(layer), {})[name] = layer
+            for common, alike in families.items():
+                if common is not None and len(alike) > 1:
+                    _link(parent, list(alike), list(alike.values()))

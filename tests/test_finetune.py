@@ -1,5 +1,6 @@
 """The main job, examples/finetune.py, on a tiny random Llama that reads bytes."""
 
+import copy
 import json
 import os
 import re
@@ -12,19 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import authors_model, byte_llama, logits, tokens
+from models import authors_layer
 from reference import assert_accurate
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import rasa_ext
+from rasa_ext.injection import adapted_layers
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import finetune  # noqa: E402
-import gsm_symbolic  # noqa: E402
 import smollm2  # noqa: E402
 import training_state  # noqa: E402
-from gsm_symbolic import IGNORED, GsmSymbolic, final_answer  # noqa: E402
+from gsm_symbolic import GsmSymbolic  # noqa: E402
 from interruption import Interrupted, Interruption  # noqa: E402
 
 STEPS = 8
@@ -64,15 +66,6 @@ def finished(model_folder, tmp_path_factory):
     return output, subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.fixture(scope="module")
-def tokenizer(model_folder):
-    return finetune.load_tokenizer(model_folder)
-
-
-def problems(tokenizer, seed=0):
-    return GsmSymbolic(tokenizer, seed=seed, max_tokens=500, batch_size=2, held_out=40)
-
-
 def test_run_learns_and_writes_everything_it_promises(finished):
     output, printed = finished
     report = json.loads((output / "report.json").read_text())
@@ -89,24 +82,70 @@ def test_adapter_reloads_in_a_new_process_and_merges(finished):
     assert re.search(r"Merged: logits equal within \S+ \(relative, tolerance 1e-05\)", printed)
 
 
-def test_the_exported_lora_gives_stock_peft_the_same_logits(finished, model_folder):
+@pytest.fixture(scope="module")
+def lora_and_adapter(finished, model_folder):
+    """The exported LoRA in stock PEFT, and the adapter that it was exported from."""
     import peft
     import transformers
 
-    output, printed = finished
     words = {"num_hidden_layers": 2, "local_files_only": True}
     adapted = transformers.AutoModelForCausalLM.from_pretrained(model_folder, **words)
-    rasa_ext.load_adapter(adapted, output / "adapter.safetensors")
+    rasa_ext.load_adapter(adapted, finished[0] / "adapter.safetensors")
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder, **words)
-    lora = peft.PeftModel.from_pretrained(base, output / "lora").eval()
+    return peft.PeftModel.from_pretrained(base, finished[0] / "lora").eval(), adapted.eval()
+
+
+def test_stock_peft_serves_the_exported_lora_without_rasa_ext(finished):
+    _, printed = finished
+    assert "as LoRA: servers need a max_lora_rank of 16\n" in printed  # R = 8 - 1 + 2
+    served = (
+        r"Served by stock PEFT in process \d+, without rasa_ext: [\d,]+ logits equal within \S+"
+    )
+    assert re.search(served + r" \(relative, tolerance 1e-05\)\n", printed)
+
+
+def test_the_exported_lora_gives_stock_peft_the_same_logits(lora_and_adapter):
+    lora, adapted = lora_and_adapter
     ids = tokens(rows=2, length=20)
 
-    # As one vector: behind a softmax, a row may be off by more than its share.
+    # As one vector. By row the bound is no judge here: a row's error is what roundings become
+    # behind two softmaxes. Of 200 batches PEFT missed it in 3, the authors' formula in plain torch
+    # in 26 when its features were summed in another order; the mean error of all is 3.1e-7 to
+    # 3.2e-7. PEFT gives to the bit the formula with d inside Bt; the next test judges that by row.
     models = (lora, authors_model(adapted), authors_model(adapted).double())
     out, in_plain_torch, exact = (logits(model, ids).flatten() for model in models)
 
     assert_accurate(out, in_plain_torch, exact)
-    assert "as LoRA: servers need a max_lora_rank of 16\n" in printed  # R = 8 - 1 + 2
+
+
+def test_every_row_of_every_exported_layer_is_the_adapters(lora_and_adapter):
+    lora, adapted = lora_and_adapter
+    for name, layer in adapted_layers(adapted).items():
+        x = torch.randn(40, layer.in_features)
+        with torch.no_grad():
+            exact = authors_layer(copy.deepcopy(layer).double(), x.double())
+            out = lora.base_model.model.get_submodule(name)(x)
+            assert_accurate(out, authors_layer(layer, x), exact, name)
+
+
+def serve(model_folder, lora, *more):
+    words = [sys.executable, EXAMPLES / "serve_lora.py", model_folder, lora, "--layers", "2", *more]
+    return subprocess.run(list(map(str, words)), capture_output=True, text=True)
+
+
+def test_a_question_is_answered_by_stock_peft(finished, model_folder):
+    lora = finished[0] / "lora"
+    done = serve(model_folder, lora, "--question", "What is 2 + 3?", "--max-tokens", "4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Question: What is 2 + 3?\n\nAnswer: ")
+
+
+def test_other_logits_are_refused(finished, model_folder, tmp_path):
+    ids = tokens(rows=1, length=5)
+    save_file({"input_ids": ids, "logits": torch.ones(1, 5, 258)}, tmp_path / "logits")
+    done = serve(model_folder, finished[0] / "lora", "--logits", tmp_path / "logits")
+    assert done.returncode == 1
+    assert re.search(r"serve_lora: logits differ by \S+ \(relative\), must be", done.stderr)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -126,6 +165,7 @@ def test_interrupted_and_resumed_run_equals_the_uninterrupted_one(
             run_here(patch, model_folder, tmp_path)
     assert stopped.value.code == 128 + number
     assert f"{number.name}: saved after step 4 of {STEPS}" in capsys.readouterr().out
+    monkeypatch.setattr(finetune, "check_saved", lambda *args: None)
     run_here(monkeypatch, model_folder, tmp_path, "--resume")
 
     expected, resumed = (load_file(f / "adapter.safetensors") for f in (finished[0], tmp_path))
@@ -197,7 +237,7 @@ def test_interrupt_before_training_saves_a_state_that_resumes(
         patch.setattr(finetune, "evaluate", interrupted)
         with pytest.raises(SystemExit):
             run_here(patch, model_folder, tmp_path)
-    monkeypatch.setattr(finetune, "check_reload", lambda *args: None)
+    monkeypatch.setattr(finetune, "check_saved", lambda *args: None)
     run_here(monkeypatch, model_folder, tmp_path, "--resume")
     expected, resumed = (load_file(f / "adapter.safetensors") for f in (finished[0], tmp_path))
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
@@ -239,7 +279,7 @@ def test_folder_without_a_model_is_named(tmp_path, monkeypatch):
 
 def test_missing_packages_come_with_the_pip_command(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    command = "pip install transformers reasoning-gym matplotlib tqdm$"
+    command = "pip install transformers peft reasoning-gym matplotlib tqdm$"
     with pytest.raises(SystemExit, match=f"missing packages: {command}"):
         finetune.check_packages()
 
@@ -284,74 +324,14 @@ def test_held_block_ends_before_a_signal_takes_effect():
     assert finished
 
 
+def test_a_signal_after_a_failure_is_no_interruption():
+    interruption = Interruption()
+    with pytest.raises(ZeroDivisionError), interruption.held():
+        1 / 0  # noqa: B018
+    os.kill(os.getpid(), signal.SIGTERM)  # would raise Interrupted, and half a step be saved
+
+
 def test_a_signal_of_another_process_takes_effect_here():
     interruption = Interruption()
     with pytest.raises(Interrupted, match="SIGTERM"), interruption.held():
         interruption.take_effect(lambda mine: max(mine, signal.SIGTERM))
-
-
-def test_training_contains_no_held_out_problem(tokenizer, monkeypatch):
-    # Held-out and training problems of one seed are as close as they can be: the same stream.
-    monkeypatch.setattr(gsm_symbolic, "SEED_DISTANCE", 0)
-    data = problems(tokenizer)
-    held_out = {tuple(example.prompt) for example in data.held_out}
-    data.training_batches(30, 1)
-    assert len(held_out) == 40
-    assert not held_out & {tuple(example.prompt) for example in data._training}
-
-
-def test_batch_depends_on_seed_and_step_alone(tokenizer):
-    first, second, other = problems(tokenizer), problems(tokenizer), problems(tokenizer, seed=7)
-    first.training_batches(0, 1)
-    (batch,), (again,), (of_seed_7,) = (
-        data.training_batches(5, 1) for data in (first, second, other)
-    )
-    assert torch.equal(batch.input_ids, again.input_ids)
-    assert of_seed_7.input_ids.shape != batch.input_ids.shape or not torch.equal(
-        of_seed_7.input_ids, batch.input_ids
-    )
-
-
-def test_parts_of_a_batch_are_the_batch(tokenizer):
-    data = problems(tokenizer)
-    (whole,) = data.training_batches(3, 1)
-    parts = data.training_batches(3, 2)
-    assert [len(part.input_ids) for part in parts] == [1, 1]
-    assert whole.answers == sum(part.answers for part in parts)
-    assert (whole.labels != IGNORED).sum() == whole.answers
-    for row, part in enumerate(parts):
-        length = part.input_ids.shape[1]
-        assert torch.equal(part.input_ids[0], whole.input_ids[row, :length])
-
-
-def test_only_answers_have_labels(tokenizer):
-    data = problems(tokenizer)
-    example = data.held_out[0]
-    batch = data.collate(data.held_out[:2])
-    labels = batch.labels[0]
-    assert labels[labels != IGNORED].tolist() == example.answer
-    assert example.answer[-1] == tokenizer.eos_token_id
-    assert (labels[: len(example.prompt)] == IGNORED).all()
-    assert tokenizer.decode(example.prompt).endswith("Do not include units.\nAnswer:\n")
-
-
-@pytest.mark.parametrize(
-    ("reply", "number"),
-    [
-        ("so 2 + 2 = 4\n#### 4", "4"),
-        ("#### -1,234.5 apples, not 7", "-1234.5"),
-        ("It costs 3 + 9 = 12 dollars.", "12"),
-        ("#### $18", "18"),
-        ("I do not know.", None),
-    ],
-)
-def test_final_answer_is_the_marked_or_the_last_number(reply, number):
-    assert final_answer(reply) == number
-
-
-def test_scorer_takes_exact_numbers_only(tokenizer):
-    data = problems(tokenizer)
-    example = data.held_out[0]
-    assert data.is_correct(example, example.entry["metadata"]["answer_cot"])
-    assert not data.is_correct(example, f"#### {float(example.entry['answer']) + 1}")
-    assert not data.is_correct(example, "I do not know.")

@@ -1,4 +1,4 @@
-"""examples/finetune.py under torchrun: what one process computes, and resumed after a kill."""
+"""examples/finetune.py under torchrun: what one process computes, and resumed when stopped."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import killed_finetune
 import pytest
+import stopped_finetune
 import torch
 from hf_models import byte_llama
 from safetensors.torch import load_file
 
 FINETUNE = str(Path(__file__).resolve().parent.parent / "examples" / "finetune.py")
-KILLED = killed_finetune.__file__
+STOPPED = stopped_finetune.__file__
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ARGUMENTS = ["--steps", "7", "--batch-size", "4", "--seq-len", "500", "--eval-problems", "2"]
 ARGUMENTS += ["--answer-problems", "1", "--lr", "1e-2", "--layers", "2", "--save-every", "2"]
@@ -59,17 +59,44 @@ def test_two_processes_train_what_one_accumulates(model_folder, tmp_path) -> Non
     assert printed.count("Exported to") == 1  # one process prints
 
 
-def test_a_run_with_a_killed_process_resumes_to_the_same_result(model_folder, tmp_path) -> None:
-    options = ["--dropout", "0.1", "--accumulate", "2"]
-    run([*TORCHRUN, FINETUNE], model_folder, tmp_path / "whole", *options)
+OPTIONS = ["--dropout", "0.1", "--accumulate", "2"]
 
-    killed = start([*TORCHRUN, KILLED], model_folder, tmp_path / "killed", *options)
-    step = torch.load(tmp_path / "killed" / "training_state.pt", weights_only=True)["step"]
-    printed = run([*TORCHRUN, FINETUNE], model_folder, tmp_path / "killed", *options, "--resume")
+
+@pytest.fixture(scope="module")
+def whole(model_folder, tmp_path_factory) -> Path:
+    """The folder of a run of two processes that nothing stopped."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    run([*TORCHRUN, FINETUNE], model_folder, output, *OPTIONS)
+    return output
+
+
+def test_a_run_with_a_killed_process_resumes_to_the_same_result(whole, model_folder, tmp_path):
+    killed = start([*TORCHRUN, STOPPED, "SIGKILL"], model_folder, tmp_path, *OPTIONS)
+    step = torch.load(tmp_path / "training_state.pt", weights_only=True)["step"]
+    printed = run([*TORCHRUN, FINETUNE], model_folder, tmp_path, *OPTIONS, "--resume")
 
     assert killed.returncode != 0 and step == 4
     assert "Resuming after step 4 of 7" in printed
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(whole, tmp_path)
+
+
+# Of a signal torchrun tells every process, and waits 30 s for them to end.
+@pytest.mark.parametrize(
+    ("event", "step"), [("SIGINT", 4), ("SIGTERM", 4), ("SIGINT@evaluation", 0)]
+)
+def test_stopping_torchrun_saves_what_was_trained(event, step, whole, model_folder, tmp_path):
+    stopped = start([*TORCHRUN, STOPPED, event], model_folder, tmp_path, *OPTIONS)
+    printed = run([*TORCHRUN, FINETUNE], model_folder, tmp_path, *OPTIONS, "--resume")
+
+    assert stopped.returncode != 0
+    name = event.partition("@")[0]
+    expected = (
+        f"{name}: saved after step {step} of 7. Continue with\n    torchrun --nproc-per-node=2"
+    )
+    assert stopped.stdout.count(expected) == 1 and "--resume" in stopped.stdout
+    assert stopped.stderr.count("Traceback") == 1  # torchrun's own
+    assert f"Resuming after step {step} of 7" in printed
+    assert_same_run(whole, tmp_path)
 
 
 def test_another_number_of_processes_is_refused(model_folder, tmp_path) -> None:

@@ -187,10 +187,28 @@ def test_a_row_stride_beyond_32_bits_is_refused():
         grouped_gemm("NN", [wide], [torch.ones(7, 3, dtype=torch.float16)])
 
 
-@pytest.mark.parametrize("name", ["weight", "A", "A_shared", "Bt", "Bt_shared", "d"])
+@pytest.mark.parametrize("name", ["weight", "bias", "A", "A_shared", "Bt", "Bt_shared", "d"])
 def test_one_tensor_on_the_meta_device_is_named(name):
     inputs = linear_inputs(CASE, torch.float32, torch.float32)
     i = LINEAR_NAMES.index(name)
     inputs[i] = inputs[i].to("meta")
     with raises(f"rasa_linear: {name} must be on x's device cpu, got meta"):
         rasa_linear(*inputs)
+
+
+@pytest.mark.parametrize("name", ["A", "B", "C_in", "scale_m", "scale_k"])
+def test_one_tensor_of_a_group_on_the_meta_device_is_named(name):
+    sizes = {"A": (2, 3), "B": (3, 4), "C_in": (2, 4), "scale_m": (2,), "scale_k": (3,)}
+    lists = {key: [a(*size), a(*size)] for key, size in sizes.items()}
+    lists[name][1] = lists[name][1].to("meta")
+    with raises(f"grouped_gemm: {name} must be on the first A's device cpu, got meta"):
+        grouped_gemm("NN", **lists)
+
+
+@pytest.mark.parametrize("name", ["weight", "A", "Bt", "d"])
+def test_one_tensor_of_a_merge_on_the_meta_device_is_named(name):
+    sizes = {"weight": (4, 3), "A": (2, 3), "Bt": (2, 4), "d": (2,)}
+    lists = {key: [a(*size), a(*size)] for key, size in sizes.items()}
+    lists[name][1] = lists[name][1].to("meta")
+    with raises(f"rasa_merge_: {name} must be on the first layer's device cpu, got meta"):
+        OPS.rasa_merge_(*lists.values(), [], [], [-1, -1])

@@ -170,7 +170,8 @@ def test_trainer_resumes_to_the_same_weights(tmp_path) -> None:
 
 
 def test_accelerate_prepares_saves_and_restores_it(tmp_path) -> None:
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = fresh().train()
     optimizer = torch.optim.AdamW(trained(model).values(), lr=0.01)

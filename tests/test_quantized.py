@@ -1,4 +1,7 @@
-"""Quantised base layers: called as they are, their update added to what they return."""
+"""Quantised base layers: called as they are, their update added to what they return.
+
+bitsandbytes and torchao are of the dev extra: where one is missing, its tests fail.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ class ForwardOnly(nn.Module):
 
 
 def bitsandbytes(linear: nn.Linear, bits: int) -> nn.Module:
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     options = {"bias": linear.bias is not None}
     if bits == 8:
         options["has_fp16_weights"] = False
@@ -42,7 +46,8 @@ def bitsandbytes(linear: nn.Linear, bits: int) -> nn.Module:
 
 
 def torchao(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    quantization = pytest.importorskip("torchao.quantization")
+    from torchao import quantization
+
     config = quantization.IntxWeightOnlyConfig(weight_dtype=dtype)
     if dtype == torch.int8:
         config = quantization.Int8WeightOnlyConfig()

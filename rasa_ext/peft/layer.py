@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -18,68 +17,17 @@ from rasa_ext.base_layer import (
     features,
     fusible,
     is_transposed,
+    must_be_called,
 )
+from rasa_ext.module import Operands
 from rasa_ext.ops import rasa_add, rasa_linear
+from rasa_ext.peft.pool import Pool, Pools, Settings
 from rasa_ext.update import delta_weight, init_gates, init_rank_weights, tensor_of
 
+if TYPE_CHECKING:
+    from rasa_ext.siblings import SiblingGroup
+
 _MAX_SEED = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One adapter on one layer: private and shared ranks, and what its configuration says."""
-
-    r: int
-    k: int
-    Rs: int
-    alpha: float
-    dropout: float
-
-    @property
-    def Rp(self) -> int:
-        """The layer's own ranks."""
-        return self.r - self.k
-
-
-class Pool:
-    """Where the layers of one group find the ranks they share.
-
-    The tensors belong to the tuner, which registers them once; to a layer this is no module, so
-    they are not in its state_dict() and no FSDP unit of a layer claims them.
-    """
-
-    def __init__(self, A_shared: nn.ParameterDict, Bt_shared: nn.ParameterDict, group: str) -> None:
-        """Refer to one group in the dictionaries of one adapter."""
-        self.owners, self.group = (A_shared, Bt_shared), group
-
-    @property
-    def A_shared(self) -> Tensor:
-        """The pool's (Rs, K)."""
-        return tensor_of(self.owners[0], self.group)
-
-    @property
-    def Bt_shared(self) -> Tensor:
-        """The pool's (Rs, N)."""
-        return tensor_of(self.owners[1], self.group)
-
-    def parameters(self) -> Iterator[Tensor]:
-        """Yield both, as PEFT asks for what it freezes and unfreezes with the layer."""
-        yield self.A_shared
-        yield self.Bt_shared
-
-    def requires_grad_(self, requires_grad: bool = True) -> None:
-        """Freeze or unfreeze both."""
-        for tensor in self.parameters():
-            tensor.requires_grad_(requires_grad)
-
-
-class Pools(dict[str, Pool]):
-    """The pools of a layer's adapters. PEFT 0.18 freezes through methods, later ones by tensor."""
-
-    def requires_grad_(self, requires_grad: bool = True) -> None:
-        """Freeze or unfreeze the pools of all adapters."""
-        for pool in self.values():
-            pool.requires_grad_(requires_grad)
 
 
 class Linear(nn.Module, BaseTunerLayer):
@@ -90,7 +38,8 @@ class Linear(nn.Module, BaseTunerLayer):
         return base_layer(x) + sum(((dropout(x) @ A_all.T) * d) @ Bt_all)
 
     One adapter on an nn.Linear is one fused op; any other base layer is called, and every adapter
-    (or every further one) added to its output.
+    (or every further one) added to its output. Layers that RaSAModel linked as siblings are one op
+    for all, and share a dropout mask, as long as each has one active adapter.
     """
 
     # PEFT freezes, lists and deletes adapters by these. The pools are in the first list so that
@@ -98,6 +47,9 @@ class Linear(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("rasa_A", "rasa_Bt", "rasa_d", "rasa_pools")
     other_param_names = ("rasa_settings",)
     rasa_original_weight: Tensor | None
+    # The layers that are fed the same tensor (rasa_ext/siblings.py).
+    siblings: SiblingGroup | None = None
+    gates = False
     # Of BaseTunerLayer, whose types are not known everywhere.
     active_adapters: list[str]
     disable_adapters: bool
@@ -177,34 +129,94 @@ class Linear(nn.Module, BaseTunerLayer):
         """Return the base layer's output plus every active adapter's update."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = [name for name in self.active_adapters if name in self.rasa_settings]
-        if self.disable_adapters or self.merged or not adapters:
+        adapters = self._adapters()
+        if not adapters:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"rasa.Linear: x must be (..., in_features) = [..., {self.in_features}], got "
                 f"{list(x.shape)}"
             )
+        group = None if len(adapters) > 1 or args or kwargs else self.siblings
+        if group is not None and not torch.compiler.is_compiling():
+            y = group.forward(self, x)
+        else:
+            seeds = [self.draw_seed(x, self._drop_rate(name)) for name in adapters]
+            y = self._sum(x, adapters, seeds, *args, **kwargs)
+        return y.reshape(x.shape[:-1] + (self.out_features,))
+
+    def _adapters(self) -> list[str]:
+        """Return the adapters whose updates forward adds."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.rasa_settings]
+
+    def _sum(
+        self, x: Tensor, adapters: list[str], seeds: list[Tensor | None], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the output for x as a matrix, with the masks of these seeds."""
         x2d = x.reshape(-1, self.in_features)
+        updates = [
+            (self.adapter(name), self._drop_rate(name), seed)
+            for name, seed in zip(adapters, seeds, strict=True)
+        ]
         callable_only = args or kwargs or not self._is_plain_linear
         fused = None if callable_only else fusible(self.base_layer)
         if fused is not None:
-            first, *adapters = adapters
-            y = rasa_linear(x2d, *fused, *self.adapter(first), *self._dropout(first, x))
+            (adapter, p, seed), *updates = updates
+            y = rasa_linear(x2d, *fused, *adapter, p, seed)
         else:
             y = self.base_layer(x, *args, **kwargs).reshape(-1, self.out_features)
         if x2d.dtype != y.dtype:  # a quantised layer computes in a dtype of its own
             x2d = x2d.to(y.dtype)
-        for name in adapters:
-            y = rasa_add(x2d, y, *self.adapter(name), *self._dropout(name, x))
-        return y.reshape(x.shape[:-1] + (self.out_features,))
+        for adapter, p, seed in updates:
+            y = rasa_add(x2d, y, *adapter, p, seed)
+        return y
 
-    def _dropout(self, adapter_name: str, x: Tensor) -> tuple[float, Tensor | None]:
-        p = self.rasa_settings[adapter_name].dropout
-        if p == 0.0 or not self.training:
-            return 0.0, None
-        # From torch's generator, so that manual_seed and checkpointing repeat the mask.
-        return p, torch.randint(_MAX_SEED, (), device=x.device)
+    def _drop_rate(self, adapter_name: str) -> float:
+        return self.rasa_settings[adapter_name].dropout if self.training else 0.0
+
+    # What a group of siblings asks, of a layer with one active adapter.
+
+    @property
+    def drop_rate(self) -> float:
+        """The active adapter's dropout that acts now."""
+        adapters = self._adapters()
+        return self._drop_rate(adapters[0]) if adapters else 0.0
+
+    def draw_seed(self, x: Tensor, p: float) -> Tensor | None:
+        """Return a seed from torch's generator, so that manual_seed and checkpointing repeat it."""
+        return torch.randint(_MAX_SEED, (), device=x.device) if p > 0.0 else None
+
+    def compute(self, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+        """Return the output for x as a matrix, with the active adapter and the mask of this seed.
+
+        p: drop_rate.
+        """
+        return self._sum(x, self._adapters(), [seed])
+
+    def operands(self, *, stored: bool = False) -> Operands | None:
+        """Return the tensors with which an op can compute this layer in its caller's place.
+
+        The stored ones, each call the same objects. None if it cannot: not one active adapter, one
+        whose empty half (Rp = 0, k = 0) or pool (on another device) is made at each call, merged,
+        a base that must be called, or hooks, which only a call runs.
+        """
+        adapters = self._adapters()
+        if len(adapters) != 1 or not self._is_plain_linear or must_be_called(self):
+            return None
+        (name,) = adapters
+        pool, fused = self.rasa_pools.get(name), fusible(self.base_layer)
+        if fused is None or pool is None or self.rasa_settings[name].Rp == 0:
+            return None
+        adapter = self.adapter(name)
+        return Operands(*fused, *adapter) if adapter[1] is pool.A_shared else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled layer, which joins the copy of its siblings' group."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.siblings is not None:
+            self.siblings.join(self)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return the update as one matrix in the base weight's layout, accumulated in float32.

@@ -17,8 +17,10 @@ from rasa_ext.base_layer import adapter_dtype, base_weight, device_of, features
 from rasa_ext.injection import clean_name, group_names, refuse_tied
 from rasa_ext.module import RaSALinear
 from rasa_ext.peft.config import RaSAConfig
-from rasa_ext.peft.layer import Linear, Pool, Settings
+from rasa_ext.peft.layer import Linear
+from rasa_ext.peft.pool import Pool, Settings
 from rasa_ext.peft.registry import PREFIX
+from rasa_ext.siblings import link_all
 from rasa_ext.update import init_rank_weights
 
 # What FSDP1, checkpoint wrappers and torch.compile put into the names of what they wrap.
@@ -36,6 +38,9 @@ class RaSAModel(BaseTuner):
 
     and each layer holds rasa_A.<adapter> (Rp, K), rasa_Bt.<adapter> (Rp, N) and, for k > 0,
     rasa_d.<adapter> (Rs + Rp). What would be empty (Rp = 0) is left out.
+
+    q_proj, k_proj and v_proj of one parent, and gate_proj and up_proj, are linked as siblings (see
+    :func:`rasa_ext.link_siblings`): with one active adapter, one op and one dropout mask for all.
 
     Adapting a layer whose weight is tied to another's (a tied lm_head) raises ValueError, a module
     that is not linear-like TypeError; the model is then as it was. Loading a checkpoint that lacks
@@ -91,6 +96,7 @@ class RaSAModel(BaseTuner):
                 **kwargs,
             )
             self._add_adapter(model, adapter_name, low_cpu_mem_usage)
+            link_all(model, Linear, _family)
         except BaseException:
             for name, (_, parent, replaced) in self._targets.items():
                 if replaced is not None:
@@ -222,12 +228,17 @@ class RaSAModel(BaseTuner):
     ) -> Any:
         if merge:
             self._check_merge(adapter_names)
-        return super()._unload_and_optionally_merge(
+        groups = {id(layer.siblings): layer.siblings for layer in _layers(self.model).values()}
+        unloaded = super()._unload_and_optionally_merge(
             merge=merge,
             progressbar=progressbar,
             safe_merge=safe_merge,
             adapter_names=adapter_names,
         )
+        for group in groups.values():
+            if group is not None:
+                group.dissolve()
+        return unloaded
 
     @torch.no_grad()
     def _check_merge(self, adapter_names: list[str] | None) -> None:
@@ -295,6 +306,12 @@ class RaSAModel(BaseTuner):
 def _layers(module: nn.Module) -> dict[str, Linear]:
     named = module.named_modules()
     return {_plain(name): layer for name, layer in named if isinstance(layer, Linear)}
+
+
+def _family(layer: Linear) -> object:
+    """Return what siblings have in common: it may be one op's, whatever adapter is active."""
+    weight = base_weight(layer.base_layer) if layer._is_plain_linear else None
+    return None if weight is None else (layer.in_features, weight.dtype, weight.device)
 
 
 def _plain(name: str) -> str:

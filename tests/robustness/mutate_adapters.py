@@ -84,21 +84,16 @@ def bits(root: nn.Module) -> list[torch.Tensor]:
     return [t.detach().clone().view(torch.int32) for t in root.state_dict().values()]
 
 
-def main() -> int:
-    """Mutate and load."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=5_000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def run(trials: int, seed: int) -> Counter[str]:
+    """Mutate and load; WRONG are failures."""
     root = model()
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         rasa_ext.save_adapter(root, path)
         good = path.read_bytes()
-        for seed in range(args.seed, args.seed + args.trials):
-            rng = random.Random(seed)
-            path.write_bytes(mutate(good, rng))
+        for seed_of_trial in range(seed, seed + trials):
+            path.write_bytes(mutate(good, random.Random(seed_of_trial)))
             before = bits(root)
             try:
                 rasa_ext.load_adapter(root, path)
@@ -108,10 +103,20 @@ def main() -> int:
                 same = all(map(torch.equal, before, bits(root)))
                 outcomes["refused" if same else "WRONG"] += 1
                 if not same:
-                    print(f"seed {seed}: the model was changed by a refused file: {error}")
+                    print(f"seed {seed_of_trial}: a refused file changed the model: {error}")
             except Exception as error:  # noqa: BLE001
                 outcomes["WRONG"] += 1
-                print(f"seed {seed}: {type(error).__name__}: {error}")
+                print(f"seed {seed_of_trial}: {type(error).__name__}: {error}")
+    return outcomes
+
+
+def main() -> int:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=5_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    outcomes = run(args.trials, args.seed)
     print(f"{sum(outcomes.values())} files: {dict(outcomes)}")
     return int(outcomes["WRONG"] > 0)
 

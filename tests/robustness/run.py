@@ -1,0 +1,87 @@
+"""Runs what tests robustness, prints a verdict for each part, and keeps the counts.
+
+    python tests/robustness/run.py                # make robustness: some ten minutes
+    python tests/robustness/run.py --sanitize     # and the sanitizers, as long again
+
+Writes benchmarks/results/robustness.json. Exits with 1 if any part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "benchmarks")]
+
+import fuzz_ops  # noqa: E402
+import mutate_adapters  # noqa: E402
+import report  # noqa: E402
+import soak  # noqa: E402
+
+GOOD = ("flat", "as specified", "clean")
+
+
+def counted(outcomes: Counter[str]) -> dict[str, Any]:
+    """The counts of random inputs, with a verdict."""
+    wrong = outcomes["WRONG"] + outcomes["CRASH"]
+    tried = {"tried": sum(outcomes.values()), "outcomes": dict(sorted(outcomes.items()))}
+    return tried | {"verdict": f"{wrong} wrong" if wrong else "as specified"}
+
+
+def sanitized() -> dict[str, Any]:
+    """The counts of the sanitizers' run; a report of theirs ends it."""
+    done = subprocess.run([HERE / "sanitize"], capture_output=True, text=True)
+    if done.returncode != 0:
+        print(done.stdout[-4000:], done.stderr[-4000:])
+        return {"verdict": f"ended with {done.returncode}"}
+    tests = re.search(r"(\d+) passed", done.stdout)
+    calls = re.search(r"(\d+) calls", done.stdout)
+    assert tests and calls, done.stdout[-2000:]
+    return {"tests": int(tests[1]), "calls": int(calls[1]), "verdict": "clean"}
+
+
+def main() -> int:
+    """Run the parts one after the other."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=10_000, help="of the soak")
+    parser.add_argument("--calls", type=int, default=20_000, help="of the ops")
+    parser.add_argument("--files", type=int, default=5_000, help="damaged adapter files")
+    parser.add_argument("--seed", type=int, default=0, help="of the first call and file")
+    parser.add_argument("--sanitize", action="store_true", help="ASan and UBSan as well")
+    parser.add_argument("--json", type=Path, default=report.RESULTS / "robustness.json")
+    args = parser.parse_args()
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "soak": lambda: soak.run(args.steps),  # first: in a process that has done nothing else
+        "calls": lambda: counted(fuzz_ops.run(args.calls, args.seed)),
+        "files": lambda: counted(mutate_adapters.run(args.files, args.seed)),
+    }
+    if args.sanitize:
+        parts["sanitizers"] = sanitized
+    settings = {k: v for k, v in vars(args).items() if k != "json"}
+    results: dict[str, Any] = {}
+    print(report.heading())
+    for name, part in parts.items():
+        start = time.perf_counter()
+        results[name] = part() | {"seconds": round(time.perf_counter() - start)}
+        counts = ", ".join(f"{k} {v}" for k, v in results[name].items() if k != "verdict")
+        print(f"{name}: {results[name]['verdict']} ({counts})", flush=True)
+    report.write_json(args.json, settings, results)
+    failed = [
+        n for n, r in results.items() if r["verdict"] not in ("flat", "as specified", "clean")
+    ]
+    print(f"robustness: {'FAILED: ' + ', '.join(failed) if failed else 'passed'}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
