@@ -46,7 +46,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
-    parser.set_defaults(validation_problems=0)  # nothing is chosen by them
+    # Nothing is chosen, so there is nothing to validate.
+    parser.set_defaults(validation_problems=0, steps=200)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--l1", type=float, default=5e-3, help="the authors' experiments have 5e-3")
     parser.add_argument("--gate-lr", type=float, default=2e-2)

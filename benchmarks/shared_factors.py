@@ -131,7 +131,7 @@ def _solve(normal: Tensor, rhs: Tensor, old: Tensor) -> Tensor:
     weight = PROXIMITY * normal.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     system = normal + weight * torch.eye(len(normal), dtype=torch.float64)
     solution = torch.linalg.solve(system, rhs.double() + weight * old.double())
-    return solution.to(old.dtype)
+    return solution.to(old.dtype).contiguous()  # solve() returns columns
 
 
 def _update_private(left: Tensor, f: Factors) -> None:
