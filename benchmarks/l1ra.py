@@ -49,8 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     # Nothing is chosen, so there is nothing to validate.
     parser.set_defaults(validation_problems=0, steps=200)
     parser.add_argument("--lr", type=float, default=2e-3)
-    # The authors have 5e-3 in runs of thousands of steps; in 200 that takes 0.02 from a gate. Here an
-    # idle gate is at 0 halfway through the run.
+    # The authors have 5e-3 in runs of thousands of steps; in 200 that takes 0.02 from a gate. This
+    # brings an idle gate to 0 halfway through the run.
     parser.add_argument("--l1", type=float, default=0.5)
     parser.add_argument("--gate-lr", type=float, default=2e-2)
     return parser.parse_args()
