@@ -53,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     # brings an idle gate to 0 halfway through the run.
     parser.add_argument("--l1", type=float, default=0.5)
     parser.add_argument("--gate-lr", type=float, default=2e-2)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     return parser.parse_args()
 
 
@@ -102,7 +103,8 @@ def mean_ranks(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 def by_method(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Return the runs of each method."""
-    return {method: [run for run in runs if run["method"] == method] for method in METHODS}
+    methods = dict.fromkeys(run["method"] for run in runs)
+    return {method: [run for run in runs if run["method"] == method] for method in methods}
 
 
 def loss_table(runs: list[dict[str, Any]]) -> str:
@@ -168,7 +170,7 @@ def main() -> None:
     folder = folder_of(args)
     runs = []
     for seed in range(args.seeds):
-        for method in METHODS:
+        for method in args.methods:
 
             def make(method: str = method, seed: int = seed) -> dict[str, Any]:
                 return measure(method, seed, folder, args)
