@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_arguments(parser)
     # Few problems, since HumanEval has few in all.
-    parser.set_defaults(validation_problems=16, test_problems=36, steps=120)
+    parser.set_defaults(validation_problems=16, test_problems=36, steps=100)
     parser.add_argument("--k", type=int, default=1, help="of RaSA")
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
