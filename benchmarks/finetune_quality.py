@@ -150,6 +150,7 @@ def save_plot(path: Path, results: dict[str, dict[str, Any]]) -> None:
             seeds.plot(range(len(runs)), held_out, "o", label=mean_and_deviation(held_out))
             seeds.axhline(mean, color=seeds.lines[-1].get_color(), linewidth=1)
         curves.set(title=dataset, xlabel="step", ylabel="training loss, mean over seeds")
+        curves.set_yscale("log")
         curves.legend()
         rates.set(xscale="log", xlabel="learning rate", ylabel="validation loss, seed 0")
         seeds.set(xlabel="seed", ylabel="held-out loss", xticks=range(len(runs)))

@@ -154,7 +154,7 @@ def save_plot(path: Path, runs: list[dict[str, Any]]) -> None:
         ranks = mean_ranks(mine)
         bars.bar([x + i * width for x in range(len(ranks))], ranks.values(), width, label=method)
         bars.set_xticks([x + 0.4 - width / 2 for x in range(len(ranks))], ranks, rotation=45)
-    curves.set(xlabel="step", ylabel="training loss, mean over seeds")
+    curves.set(xlabel="step", ylabel="training loss, mean over seeds", yscale="log")
     curves.legend()
     bars.set_ylabel("final rank, mean over layers and seeds")
     figure.savefig(path, dpi=120)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -138,13 +139,13 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 @torch.inference_mode()
 def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Return the mean cross-entropy per answer token, without dropout."""
+    """Return the mean cross-entropy per answer token, without dropout; NaN of no batch."""
     model.eval()
     total, tokens = 0.0, 0
     for batch in batches:
         loss, count = answer_loss(model, batch)
         total, tokens = total + loss.item(), tokens + count
-    return total / max(tokens, 1)
+    return total / tokens if tokens else math.nan
 
 
 def train(
