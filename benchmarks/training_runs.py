@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -139,13 +138,13 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 @torch.inference_mode()
 def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Return the mean cross-entropy per answer token, without dropout; NaN of no batch."""
+    """Return the mean cross-entropy per answer token, without dropout."""
     model.eval()
     total, tokens = 0.0, 0
     for batch in batches:
         loss, count = answer_loss(model, batch)
         total, tokens = total + loss.item(), tokens + count
-    return total / tokens if tokens else math.nan
+    return total / tokens
 
 
 def train(
@@ -187,7 +186,7 @@ def train(
     tail = losses[-max(1, args.steps // 10) :]
     return {
         "before": before,
-        "validation": mean_loss(model, problems.validation),
+        "validation": mean_loss(model, problems.validation) if problems.validation else None,
         "test": mean_loss(model, problems.test),
         "train_loss": statistics.mean(tail),
         "losses": [round(loss, 5) for loss in losses],
