@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     # Few problems, since HumanEval has few in all.
     parser.set_defaults(validation_problems=16, test_problems=36, steps=100)
     parser.add_argument("--k", type=int, default=1, help="of RaSA")
-    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--lr", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2])
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
     return parser.parse_args()
 
@@ -68,10 +68,7 @@ def measure(
 
 
 def run_all(file: RunFile, folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Run what is missing; return, by data set and method, the runs of the choice and of the seeds.
-
-    Seeds go round the methods, so that what a stopped benchmark holds is comparable.
-    """
+    """Run what is missing; return the tuning runs and those of the seeds, by data set and method."""
 
     def run(dataset: str, method: str, lr: float, seed: int) -> dict[str, Any]:
         def make() -> dict[str, Any]:
@@ -87,8 +84,7 @@ def run_all(file: RunFile, folder: Path, args: argparse.Namespace) -> dict[str, 
             # A loss that is not a number compares as larger than any.
             best = min(tuning, key=lambda r: (r["validation"] != r["validation"], r["validation"]))
             results[dataset][method] = {"lr": best["lr"], "tuning": tuning, "runs": []}
-    for seed in range(args.seeds):
-        for dataset in args.datasets:
+        for seed in range(args.seeds):
             for method in METHODS:
                 result = results[dataset][method]
                 result["runs"].append(run(dataset, method, result["lr"], seed))

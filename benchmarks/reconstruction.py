@@ -12,8 +12,8 @@ as the paper has it. The paper's matrices are updates of fine-tuned models; here
     minilm    MiniLM-L6's weights themselves
     update    what full fine-tuning of SmolLM2's first layers on gsm_symbolic adds to its weights
 
-Every reported error is that of layers of the package built from the factors, merged. Writes a
-table, a JSON file and a plot beside it.
+Every reported error is that of layers of the package built from the factors, merged. A source that
+the JSON file holds already is not measured again. Writes a table, that file and a plot beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import heading, results_path, table, write_json
+from report import heading, results_path, table
 from shared_factors import (
     Factors,
     at_random,
@@ -37,7 +37,7 @@ from shared_factors import (
     sweeps,
 )
 from torch import Tensor
-from training_runs import folder_of, load, load_problems, train
+from training_runs import RunFile, folder_of, load, load_problems, train
 
 STARTS = ("lora", "random")
 TARGETS = r"(q|k|v|o|gate|up|down)_proj\.weight$"
@@ -149,7 +149,7 @@ def rows_of(source: str, kinds: dict[str, Any], start: str) -> list[list[str]]:
     rows = []
     for kind, result in kinds.items():
         L, N, K = result["shape"]
-        ratios = [f"{entry['ratio']:.4f}" for entry in result[start].values()]
+        ratios = [f"{entry['ratio']:.5f}" for entry in result[start].values()]
         rows.append(
             [f"{source} {kind}", f"{L} × {N} × {K}", f"{result['lora_error']:.3f}", *ratios]
         )
@@ -189,7 +189,7 @@ def save_plot(path: Path, sources: dict[str, Any], ks: list[int]) -> None:
 
 
 def main() -> None:
-    """Measure every source, then print, write and plot."""
+    """Measure what is missing, then print and plot all."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -207,13 +207,15 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {name: getattr(args, name) for name in ("r", "k", "sweeps", "update_steps")}
-    path, results = args.json or results_path("reconstruction"), {}
+    file = RunFile(args.json or results_path("reconstruction"), settings)
+    results = {}
     for source in args.sources:
-        results[source] = {}
-        for kind, M in SOURCES[source](args).items():
-            print(f"{source} {kind} ...", flush=True)
-            results[source][kind] = measure(M, args.r, args.k, args.sweeps)
-        write_json(path, settings, {"sources": results})
+
+        def make(source: str = source) -> dict[str, Any]:
+            kinds = SOURCES[source](args).items()
+            return {"kinds": {kind: measure(M, args.r, args.k, args.sweeps) for kind, M in kinds}}
+
+        results[source] = file.run(make, source=source)["kinds"]
     print(heading())
     for start in STARTS:
         print(
@@ -223,7 +225,7 @@ def main() -> None:
         header = ["matrices", "L × N × K", "LoRA", *(f"k = {k}" for k in args.k)]
         rows = [row for s, kinds in results.items() for row in rows_of(s, kinds, start)]
         print(table(header, rows))
-    save_plot(path.with_suffix(".png"), results, args.k)
+    save_plot(file.path.with_suffix(".png"), results, args.k)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ def test_command_writes_table_json_and_plot(tmp_path, monkeypatch, capsys):
     words = ["--sources", "minilm", "--r", r, "--k", 1, 2, "--sweeps", 2, "--json", path]
     monkeypatch.setattr(sys, "argv", ["reconstruction.py", *map(str, words)])
     reconstruction.main()
-    result = json.loads(path.read_text())["sources"]["minilm"]["dense"]
+    (run,) = json.loads(path.read_text())["runs"]
+    result = run["kinds"]["dense"]
     assert 0 < result["lora"]["2"]["ratio"] < 1
     assert len(result["random"]["1"]["by_sweep"]) == 2
     assert f"| minilm dense | {L} × {N} × {K} |" in capsys.readouterr().out
