@@ -1,42 +1,43 @@
 """L1RA against LoRA at an equal rank budget: a language model on grade-school mathematics.
 
-    python benchmarks/l1ra.py                    # SmolLM2-135M, 10 of 30 layers, 3 seeds
+    python benchmarks/l1ra.py                    # SmolLM2-135M, 8 of 30 layers, 3 seeds
     python benchmarks/l1ra.py --layers 30        # the whole model
 
-Runs every method with every seed and adds each result to --output/l1ra.json at once, so a stopped
-run goes on where it stopped; runs with other settings are refused. Then writes l1ra.png.
+Every method starts with r ranks in each layer. L1RA moves them, with the number of ranks as the
+budget or, as `l1ra, parameters`, that of parameters. A run that was stopped goes on where it
+stopped. Writes a table, a JSON file and a plot beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from report import heading, results_path, table
+from training_runs import (
+    RunFile,
+    add_arguments,
+    folder_of,
+    load,
+    load_problems,
+    mean_and_deviation,
+    settings_of,
+    smooth_mean,
+    train,
+)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+import rasa_ext
+from rasa_ext.injection import adapted_layers
 
-from evaluation import answer_loss, held_out_loss  # noqa: E402
-from gsm_symbolic import GsmSymbolic  # noqa: E402
-from language_model import load_model, load_tokenizer  # noqa: E402
-from smollm2 import model_folder  # noqa: E402
-from training import learning_rate  # noqa: E402
-
-import rasa_ext  # noqa: E402
-
-# Arguments of apply() and of RankAllocator (None: without).
-METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
-    "lora": ({"k": 0}, None),
-    "l1ra": ({"k": 0, "gates": True}, {"budget": "ranks"}),
-    "l1ra, parameters": ({"k": 0, "gates": True}, {"budget": "parameters"}),
+# Arguments of RankAllocator (None: without).
+METHODS: dict[str, dict[str, Any] | None] = {
+    "lora": None,
+    "l1ra": {"budget": "ranks"},
+    "l1ra, parameters": {"budget": "parameters"},
 }
-SETTINGS = ("layers", "steps", "batch_size", "seq_len", "r", "lr", "l1", "gate_lr", "eval_problems")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,107 +45,93 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--model", type=Path, help="model folder (default: SmolLM2-135M of the package)")
-    add("--layers", type=int, default=10, help="keep the first N layers only")
-    add("--steps", type=int, default=200)
-    add("--batch-size", type=int, default=4)
-    add("--seq-len", type=int, default=160)
-    add("--r", type=int, default=8)
-    add("--lr", type=float, default=2e-3)
-    add("--l1", type=float, default=5e-3, help="the authors' experiments have 5e-3")
-    add("--gate-lr", type=float, default=2e-2)
-    add("--seeds", type=int, default=3)
-    add("--eval-problems", type=int, default=48)
-    add("--output", type=Path, default=Path(__file__).resolve().parent / "results")
-    args = parser.parse_args()
-    args.dtype, args.device = "fp32", "cpu"
-    return args
+    add_arguments(parser)
+    # Nothing is chosen, so there is nothing to validate.
+    parser.set_defaults(validation_problems=0, steps=200)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    # The authors have 5e-3 in runs of thousands of steps; in 200 that takes 0.02 from a gate. This
+    # brings an idle gate to 0 halfway through the run.
+    parser.add_argument("--l1", type=float, default=0.5)
+    parser.add_argument("--gate-lr", type=float, default=2e-2)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    return parser.parse_args()
 
 
-def train(method: str, seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure(method: str, seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train one method with one seed and return what it came to."""
-    to_apply, to_allocate = METHODS[method]
-    model = load_model(folder, args)
+    options = METHODS[method]
+    model = load(folder, args)
     torch.manual_seed(seed)
-    summary = rasa_ext.apply(model, r=args.r, alpha=2 * args.r, dropout=0.05, **to_apply)
-    data = GsmSymbolic(
-        load_tokenizer(folder),
-        seed=seed,
-        max_tokens=args.seq_len,
-        batch_size=args.batch_size,
-        held_out=args.eval_problems,
-    )
+    gates = options is not None
+    summary = rasa_ext.apply(model, args.r, 0, args.alpha, dropout=args.dropout, gates=gates)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     allocator = None
-    if to_allocate is not None:
+    if options is not None:
         allocator = rasa_ext.RankAllocator(
             model,
             optimizer,
             l1=args.l1,
             gate_lr=args.gate_lr,
             total_steps=args.steps,
-            **to_allocate,
+            seed=seed,
+            **options,
         )
-    before = held_out_loss(model, data, torch.device("cpu"))
-    model.train()
-    losses, in_allocator, started = [], 0.0, time.perf_counter()
-    for step in range(args.steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args)  # the gates' is constant
-        (batch,) = data.training_batches(step, 1)
-        total, count = answer_loss(model, batch)
-        loss = total / count
-        loss.backward()
-        optimizer.step()
-        if allocator is not None:
-            start = time.perf_counter()
-            allocator.step()
-            in_allocator += time.perf_counter() - start
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    seconds = time.perf_counter() - started
-    result = {
-        "method": method,
-        "seed": seed,
-        "before": before,
-        "after": held_out_loss(model, data, torch.device("cpu")),
-        "losses": losses,
-        "seconds": seconds,
-        "allocator_share": in_allocator / seconds,
+    problems = load_problems("gsm_symbolic", folder, seed, args)
+    result = train(model, optimizer, problems, args, lr=args.lr, seed=seed, allocator=allocator)
+    result |= {
         "parameters_at_start": summary.trainable,
         "parameters": sum(p.numel() for p in parameters),
-        "ranks": {name: layer.Rp for name, layer in layers_of(model).items()},
+        "ranks": {name: layer.Rp for name, layer in adapted_layers(model).items()},
     }
     if allocator is not None:
-        result["report"] = rasa_ext.rank_report(allocator)
+        history = rasa_ext.rank_report(allocator)["history"]
+        result["totals"] = [
+            {name: entry[name] for name in ("step", "ranks", "parameters")} for entry in history
+        ]
     return result
 
 
-def layers_of(model: torch.nn.Module) -> dict[str, rasa_ext.RaSALinear]:
-    """Return the adapted layers by name."""
-    named = model.named_modules()
-    return {name: module for name, module in named if isinstance(module, rasa_ext.RaSALinear)}
+def mean_ranks(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the mean final rank of each kind of projection, over layers and seeds."""
+    ranks: dict[str, list[int]] = {}
+    for run in runs:
+        for name, rank in run["ranks"].items():
+            ranks.setdefault(name.rpartition(".")[2], []).append(rank)
+    return {kind: statistics.mean(values) for kind, values in sorted(ranks.items())}
 
 
-def load_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the results so far; exit if they were made with other settings."""
-    if not path.exists():
-        return {"settings": settings, "torch": torch.__version__, "runs": []}
-    content = json.loads(path.read_text())
-    if content["settings"] != settings:
-        raise SystemExit(
-            f"l1ra: {path} holds runs with {content['settings']}, got {settings}. Name another "
-            "folder with --output"
+def by_method(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the runs of each method."""
+    methods = dict.fromkeys(run["method"] for run in runs)
+    return {method: [run for run in runs if run["method"] == method] for method in methods}
+
+
+def loss_table(runs: list[dict[str, Any]]) -> str:
+    """One row for each method: means and standard deviations over seeds."""
+    rows = []
+    for method, mine in by_method(runs).items():
+        shares = [run["allocator_share"] for run in mine]
+        rows.append(
+            [
+                method,
+                mean_and_deviation([run["train_loss"] for run in mine]),
+                mean_and_deviation([run["test"] for run in mine]),
+                f"{statistics.mean(sum(run['ranks'].values()) for run in mine):.0f}",
+                f"{statistics.mean(run['parameters'] for run in mine):,.0f}",
+                f"{max(shares):.2%}" if max(shares) > 0 else "",
+            ]
         )
-    return content
+    header = ["method", "train loss", "held-out loss", "ranks", "parameters", "controller"]
+    return table(header, rows)
 
 
-def save_results(path: Path, content: dict[str, Any]) -> None:
-    """Write the file under another name and rename it: it is never half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+def rank_table(runs: list[dict[str, Any]]) -> str:
+    """One row for each method: the mean final rank of each kind of projection."""
+    ranks = {method: mean_ranks(mine) for method, mine in by_method(runs).items()}
+    kinds = list(next(iter(ranks.values())))
+    rows = [[method, *(f"{mean[kind]:.1f}" for kind in kinds)] for method, mean in ranks.items()]
+    return table(["final rank", *kinds], rows)
 
 
 def save_plot(path: Path, runs: list[dict[str, Any]]) -> None:
@@ -155,29 +142,20 @@ def save_plot(path: Path, runs: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    kinds = sorted({name.rpartition(".")[2] for name in runs[0]["ranks"]})
-    methods = list(dict.fromkeys(run["method"] for run in runs))
-    for i, method in enumerate(methods):
-        of_method = [run for run in runs if run["method"] == method]
-        means = [statistics.mean(s) for s in zip(*(r["losses"] for r in of_method), strict=True)]
-        window = max(1, len(means) // 20)
-        smooth = [statistics.mean(means[max(0, j - window) : j + 1]) for j in range(len(means))]
-        after = statistics.mean(run["after"] for run in of_method)
-        curves.plot(smooth, label=f"{method} (held-out {after:.4f})")
-        ranks = [
-            statistics.mean(
-                rank
-                for run in of_method
-                for name, rank in run["ranks"].items()
-                if name.rpartition(".")[2] == kind
-            )
-            for kind in kinds
-        ]
-        width = 0.8 / len(methods)
-        bars.bar([x + i * width for x in range(len(kinds))], ranks, width, label=method)
-    curves.set(xlabel="step", ylabel="training loss, mean over seeds")
+    methods = by_method(runs)
+    width = 0.8 / len(methods)
+    for i, (method, mine) in enumerate(methods.items()):
+        losses = [run["losses"] for run in mine]
+        held_out = mean_and_deviation([run["test"] for run in mine])
+        curves.plot(
+            smooth_mean(losses, max(1, len(losses[0]) // 20)),
+            label=f"{method} (held-out {held_out})",
+        )
+        ranks = mean_ranks(mine)
+        bars.bar([x + i * width for x in range(len(ranks))], ranks.values(), width, label=method)
+        bars.set_xticks([x + 0.4 - width / 2 for x in range(len(ranks))], ranks, rotation=45)
+    curves.set(xlabel="step", ylabel="training loss, mean over seeds", yscale="log")
     curves.legend()
-    bars.set_xticks([x + 0.4 - 0.4 / len(methods) for x in range(len(kinds))], kinds, rotation=45)
     bars.set_ylabel("final rank, mean over layers and seeds")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -186,26 +164,27 @@ def save_plot(path: Path, runs: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run what is missing, then print and plot all."""
     args = parse_arguments()
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["model"] = "SmolLM2-135M-Instruct" if args.model is None else args.model.name
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "l1ra.json"
-    content = load_results(path, settings)
-    done = {(run["method"], run["seed"]) for run in content["runs"]}
-    folder = args.model or model_folder(Path("demo/SmolLM2-135M-Instruct"))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    file = RunFile(args.json or results_path("l1ra"), settings_of(args, "lr", "l1", "gate_lr"))
+    folder = folder_of(args)
+    runs = []
     for seed in range(args.seeds):
-        for method in METHODS:
-            if (method, seed) not in done:
-                print(f"{method}, seed {seed} ...", flush=True)
-                content["runs"].append(train(method, seed, folder, args))
-                save_results(path, content)
-    print(f"{'method':<18}{'seed':>5}{'held-out loss':>15}{'parameters':>12}{'allocator':>11}")
-    for run in content["runs"]:
-        print(
-            f"{run['method']:<18}{run['seed']:>5}{run['after']:>15.4f}{run['parameters']:>12,}"
-            f"{run['allocator_share']:>10.2%} "
-        )
-    save_plot(args.output / "l1ra.png", content["runs"])
+        for method in args.methods:
+
+            def make(method: str = method, seed: int = seed) -> dict[str, Any]:
+                return measure(method, seed, folder, args)
+
+            runs.append(file.run(make, method=method, seed=seed))
+    print(heading())
+    print(
+        f"gsm_symbolic; the first {args.layers} layers of {file.settings['model']}, {args.steps} "
+        f"steps of {args.batch_size} problems, {args.seeds} seeds; loss before: "
+        f"{runs[0]['before']:.2f}; controller: the largest share of the steps' time"
+    )
+    print(loss_table(runs))
+    print(rank_table(runs))
+    save_plot(file.path.with_suffix(".png"), runs)
 
 
 if __name__ == "__main__":

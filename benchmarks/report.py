@@ -99,7 +99,10 @@ def write_json(path: Path, settings: dict[str, Any], results: dict[str, Any]) ->
         **results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    # Renamed when it is whole: a run of many parts writes it after each and may be stopped.
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def results_path(subject: str) -> Path:

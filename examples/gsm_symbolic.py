@@ -58,6 +58,27 @@ def prompt_ids(tokenizer: Any, question: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+def collate(examples: list[Example], pad_token: int) -> Batch:
+    """Pad examples on the right into one batch."""
+    length = max(len(e.prompt) + len(e.answer) for e in examples)
+    shape = (len(examples), length)
+    input_ids = torch.full(shape, pad_token)
+    labels = torch.full(shape, IGNORED)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for row, e in enumerate(examples):
+        used = len(e.prompt) + len(e.answer)
+        input_ids[row, :used] = torch.tensor(e.prompt + e.answer)
+        labels[row, len(e.prompt) : used] = torch.tensor(e.answer)
+        attention_mask[row, :used] = 1
+    return Batch(input_ids, attention_mask, labels)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Return what fills the places that attention_mask and labels hide."""
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
+
+
 def final_answer(reply: str) -> str | None:
     """Return the number after the first `####`, else the last number of the reply."""
     marked = re.search(r"####\s*\$?(-?[\d,]*\.?\d+)", reply)
@@ -72,15 +93,26 @@ class GsmSymbolic:
     """
 
     def __init__(
-        self, tokenizer: Any, *, seed: int, max_tokens: int, batch_size: int, held_out: int
+        self,
+        tokenizer: Any,
+        *,
+        seed: int,
+        max_tokens: int,
+        batch_size: int,
+        held_out: int,
+        held_out_seed: int | None = None,
     ) -> None:
-        """Draw the held-out problems; training problems are drawn as they are needed."""
+        """Draw the held-out problems; training problems are drawn as they are needed.
+
+        held_out_seed: of the held-out problems, where several seeds shall have the same ones.
+        """
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.batch_size = batch_size
         self.held_out: list[Example] = []
         questions: set[str] = set()
-        for example in self._examples(seed + SEED_DISTANCE):
+        first = seed if held_out_seed is None else held_out_seed
+        for example in self._examples(first + SEED_DISTANCE):
             if len(self.held_out) == held_out:
                 break
             if example.entry["question"] not in questions:
@@ -104,23 +136,12 @@ class GsmSymbolic:
 
     def collate(self, examples: list[Example]) -> Batch:
         """Pad examples on the right into one batch."""
-        length = max(len(e.prompt) + len(e.answer) for e in examples)
-        shape = (len(examples), length)
-        input_ids = torch.full(shape, self.pad_token)
-        labels = torch.full(shape, IGNORED)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        for row, e in enumerate(examples):
-            used = len(e.prompt) + len(e.answer)
-            input_ids[row, :used] = torch.tensor(e.prompt + e.answer)
-            labels[row, len(e.prompt) : used] = torch.tensor(e.answer)
-            attention_mask[row, :used] = 1
-        return Batch(input_ids, attention_mask, labels)
+        return collate(examples, self.pad_token)
 
     @property
     def pad_token(self) -> int:
         """Fills what attention_mask and labels hide."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+        return pad_token(self.tokenizer)
 
     def prompts(self, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Return (input_ids, attention_mask) of the questions alone, padded on the left."""
