@@ -42,7 +42,7 @@ def write_initial(dtype: torch.dtype, folder: Path) -> None:
 
 
 def wrapped(model: nn.Module, engine: str) -> nn.Module:
-    """Hand the model to an engine, as the README says."""
+    """Hand the model to an engine, as docs/distributed.md says."""
     if engine == "ddp":
         return DistributedDataParallel(model)
     if engine == "fsdp1":
