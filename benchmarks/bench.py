@@ -155,7 +155,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         "--peers",
         type=parse_peers,
         help=f"comma-separated, from {','.join(PEERS)}; frozen always runs. Default: all, but "
-        "compiled, which takes minutes to compile, only with --suite and --full",
+        "compiled, which takes minutes to compile, only with --suite",
     )
     parser.add_argument(
         "--fp32-adapters",
@@ -216,8 +216,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if vars(args).get("peers", ()) is None:
-        is_thorough = vars(args).get("suite") or vars(args).get("full")
-        args.peers = [name for name in PEERS if is_thorough or name != "compiled"]
+        compiles = vars(args).get("suite")
+        args.peers = [name for name in PEERS if compiles or name != "compiled"]
     with torch.device(args.device):
         args.run(args)
 

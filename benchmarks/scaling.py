@@ -4,8 +4,8 @@
 
 Each series varies one of them. Its growth is what one more of it costs between the two largest
 sizes, over what it costs between the two before: 1 is linear, 2 is quadratic where sizes double. A
-constant part, or one that only small sizes see, does not hide a term. The plot goes on in a straight
-line from the last size but one.
+constant part, or one that only small sizes see, does not hide a term. The plot's straight line goes
+through the two sizes before the last.
 """
 
 from __future__ import annotations
