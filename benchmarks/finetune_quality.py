@@ -76,18 +76,34 @@ def run_all(file: RunFile, folder: Path, args: argparse.Namespace) -> dict[str, 
 
         return file.run(make, dataset=dataset, method=method, lr=lr, seed=seed)
 
-    results: dict[str, dict[str, Any]] = {}
     for dataset in args.datasets:
+        rates = {}
+        for method in METHODS:
+            rates[method] = best_rate([run(dataset, method, lr, 0) for lr in args.lr])
+        for seed in range(args.seeds):
+            for method, lr in rates.items():
+                run(dataset, method, lr, seed)
+    return by_dataset(file.runs)
+
+
+def best_rate(tuning: list[dict[str, Any]]) -> float:
+    """Return the learning rate of the lowest validation loss."""
+    # A loss that is not a number compares as larger than any.
+    best = min(tuning, key=lambda r: (r["validation"] != r["validation"], r["validation"]))
+    return float(best["lr"])
+
+
+def by_dataset(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return tuning runs and those of the seeds, by data set and method."""
+    results: dict[str, dict[str, Any]] = {}
+    for dataset in dict.fromkeys(run["dataset"] for run in runs):
         results[dataset] = {}
         for method in METHODS:
-            tuning = [run(dataset, method, lr, 0) for lr in args.lr]
-            # A loss that is not a number compares as larger than any.
-            best = min(tuning, key=lambda r: (r["validation"] != r["validation"], r["validation"]))
-            results[dataset][method] = {"lr": best["lr"], "tuning": tuning, "runs": []}
-        for seed in range(args.seeds):
-            for method in METHODS:
-                result = results[dataset][method]
-                result["runs"].append(run(dataset, method, result["lr"], seed))
+            mine = [run for run in runs if (run["dataset"], run["method"]) == (dataset, method)]
+            tuning = sorted((run for run in mine if run["seed"] == 0), key=lambda run: run["lr"])
+            lr = best_rate(tuning)
+            chosen = sorted((r for r in mine if r["lr"] == lr), key=lambda run: run["seed"])
+            results[dataset][method] = {"lr": lr, "tuning": tuning, "runs": chosen}
     return results
 
 
