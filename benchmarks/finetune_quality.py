@@ -68,7 +68,7 @@ def measure(
 
 
 def run_all(file: RunFile, folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Run what is missing; return the runs of the choice and of the seeds by data set and method."""
+    """Run what is missing; return runs of the choice and of the seeds, by data set and method."""
 
     def run(dataset: str, method: str, lr: float, seed: int) -> dict[str, Any]:
         def make() -> dict[str, Any]:
