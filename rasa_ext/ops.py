@@ -144,7 +144,8 @@ def grouped_gemm(
 
     Shapes: NN A (M,K) B (K,N); NT A (M,K) B (N,K); TN A (K,M) B (K,N); C_in (M,N), scale_m (M),
     scale_k (K). The segments of a problem share M and N; K and everything else may differ. None, or
-    an empty list, means no C_in and ones. segments defaults to one segment for each problem.
+    an empty list, means no C_in and ones. segments defaults to one segment for each problem. A
+    segment with K = 0 adds nothing, even if its scale_m is not finite.
 
     Dtypes: all of A and B have one dtype; out_dtype is that dtype (the default) or float32; scales
     have one dtype, A's or float32. Sums are kept in float32 (float64 for float64) and rounded once.

@@ -79,7 +79,10 @@ def _check(trial: Trial) -> str:
     names = [f"result {i}" for i in range(len(ours))]
     if trial.special:
         for y, y_plain, y_exact in zip(ours, plain, exact, strict=True):
-            assert not (y.isfinite() & y_exact.isnan()).any(), "a NaN was lost"
+            # Where float64 overflows as well, inf - inf is a matter of the order of additions.
+            depends_on_order = trial.overflows and y_plain.dtype == torch.float64
+            lost = y.isfinite() & y_exact.isnan()
+            assert depends_on_order or not lost.any(), "a NaN was lost"
             agree = y.isfinite() | ~y_exact.isfinite() | ~y_plain.isfinite()
             assert trial.overflows or agree.all(), "an infinity from a finite result"
         return "special values"

@@ -65,8 +65,13 @@ class GemmTrial(Trial):
         return grouped_gemm(self.layout, *self._lists(arguments), out_dtype=self.out_dtype)
 
     def formula(self, arguments: Mapping[str, Tensor | None]) -> list[Tensor]:
-        """Its docstring, as code."""
-        return formula(self.layout, *self._lists(arguments))
+        """Its docstring, as code; a segment without terms adds none, whatever its scale."""
+        by_row = 0 if self.layout == "TN" else 1
+        terms = dict(arguments)
+        for name, t in arguments.items():
+            if name.startswith("A") and t is not None and t.shape[by_row] == 0:
+                terms[f"scale_m{name[1:]}"] = None
+        return formula(self.layout, *self._lists(terms))
 
     def is_right_with(self, name: str, kind: str) -> bool:
         """A larger M or N is right where nothing else of the problem has one."""
