@@ -156,6 +156,13 @@ def rows_of(source: str, kinds: dict[str, Any], start: str) -> list[list[str]]:
     return rows
 
 
+def ratio_table(sources: dict[str, Any], start: str) -> str:
+    """One row for each source and kind of projection: quotients to LoRA's error, over k."""
+    ks = next(iter(next(iter(sources.values())).values()))[start]
+    header = ["matrices", "L × N × K", "LoRA", *(f"k = {k}" for k in ks)]
+    return table(header, [row for s, kinds in sources.items() for row in rows_of(s, kinds, start)])
+
+
 def save_plot(path: Path, sources: dict[str, Any], ks: list[int]) -> None:
     """Plot the ratio over k, from both starts, and at the first k over the sweeps."""
     import matplotlib
@@ -217,14 +224,11 @@ def main() -> None:
 
         results[source] = file.run(make, source=source)["kinds"]
     print(heading())
+    print("error / error of the best LoRA")
     for start in STARTS:
-        print(
-            f"\nerror / error of the best LoRA, r = {args.r}, {args.sweeps} sweeps from "
-            + ("LoRA's optimum" if start == "lora" else "random factors")
-        )
-        header = ["matrices", "L × N × K", "LoRA", *(f"k = {k}" for k in args.k)]
-        rows = [row for s, kinds in results.items() for row in rows_of(s, kinds, start)]
-        print(table(header, rows))
+        from_start = "LoRA's optimum" if start == "lora" else "random factors"
+        print(f"\n{args.sweeps} sweeps from {from_start}, r = {args.r}")
+        print(ratio_table(results, start))
     save_plot(file.path.with_suffix(".png"), results, args.k)
 
 

@@ -14,10 +14,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import finetune_quality
+import l1ra
+import reconstruction
 import roofline
 import scaling
 import tables
-from report import REPOSITORY, RESULTS
+from report import REPOSITORY, RESULTS, table
 
 DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "benchmarks" / "README.md")
 
@@ -76,6 +79,33 @@ def growth() -> str:
     return origin(record) + scaling.growth_table(record["results"])
 
 
+def reconstruction_ratios(start: str) -> str:
+    """Return how near real matrices RaSA comes, beside LoRA."""
+    record = read("*_reconstruction.json")
+    sources = {run["source"]: run["kinds"] for run in record["runs"]}
+    return reconstruction.ratio_table(sources, start)
+
+
+def l1ra_runs() -> list[dict[str, Any]]:
+    """Return the runs of L1RA and LoRA."""
+    runs: list[dict[str, Any]] = read("*_l1ra.json")["runs"]
+    return runs
+
+
+def finetune_runs() -> dict[str, dict[str, Any]]:
+    """Return the runs of RaSA and LoRA."""
+    return finetune_quality.by_dataset(read("*_finetune_quality.json")["runs"])
+
+
+def robustness_counts() -> str:
+    """Return what was tried against the package, and what came of it."""
+    rows = []
+    for part, result in read("robustness.json")["results"].items():
+        counts = [f"{k} {v:,}" for k, v in result.items() if isinstance(v, int)]
+        rows.append([part, ", ".join(counts), result["verdict"]])
+    return table(["part", "tried", "verdict"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step-summary": lambda: step_summary("*_step_8_layers.json"),
     "step": lambda: step_table("*_step_8_layers.json"),
@@ -85,6 +115,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers": layer_summary,
     "merge": merge_times,
     "scaling": growth,
+    "reconstruction-lora": lambda: reconstruction_ratios("lora"),
+    "reconstruction-random": lambda: reconstruction_ratios("random"),
+    "l1ra": lambda: l1ra.loss_table(l1ra_runs()) + "\n\n" + l1ra.rank_table(l1ra_runs()),
+    "finetune": lambda: finetune_quality.loss_table(finetune_runs()),
+    "finetune-rates": lambda: finetune_quality.tuning_table(finetune_runs()),
     "modelled-r8k1": lambda: roofline.modelled_table(read("modelled_r8k1_*.json")),
     "modelled-r32k4": lambda: roofline.modelled_table(read("modelled_r32k4_*.json")),
 }
