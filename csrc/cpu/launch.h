@@ -2,7 +2,9 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
+#include "../cuda/split.h"
 #include "../gemm_problem.h"
 
 namespace rasa::cpu {
@@ -15,5 +17,10 @@ void launch(const Program& program);
 //   verified     tiles, checked at first use as the CUDA kernels are
 //   truncating   checked at first use too, but wrong: every reduction lacks its last product
 void set_launcher(const std::string& name);
+
+// Until stop_recording(), programs run on the CPU backend, and the CUDA kernels that each would
+// launch on a device are kept by name, in order. Process-wide, for tests.
+void start_recording(const cuda::DeviceInfo& device);
+std::vector<std::vector<std::string>> stop_recording();
 
 }  // namespace rasa::cpu

@@ -49,7 +49,8 @@ class Config:
     walks: bool
     scales_segments: bool
     smem_bytes: int
-    has_dropout_kernel: bool
+    has_kernel: tuple[bool, bool]
+    """Without dropout, and with it."""
 
     @property
     def threads(self) -> int:
@@ -84,9 +85,9 @@ def configs() -> tuple[Config, ...]:
     layouts = {number: name for name, number in LAYOUTS.items()}
     found = []
     for number in range(plan_library().num_configs()):
-        shape = (C.c_int * 11)()
+        shape = (C.c_int * 12)()
         plan_library().config_shape(number, shape)
-        layout, *blocks, walks, scales, smem, dropout = shape
-        flags = (bool(walks), bool(scales), smem, bool(dropout))
+        layout, *blocks, walks, scales, smem, plain, dropout = shape
+        flags = (bool(walks), bool(scales), smem, (bool(plain), bool(dropout)))
         found.append(Config(number, names[number], layouts[layout], *blocks, *flags))
     return tuple(found)
