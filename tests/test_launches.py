@@ -12,7 +12,7 @@ from layers import new_seed, sibling_inputs
 import rasa_ext
 from rasa_ext import rasa_linears
 
-SUM = "sum of partials"  # of a split reduction, and of dd over the tiles of features
+SUM = "sum of partials bf16"  # of a split reduction, and of dd over the tiles of features
 KIB = 1024
 # (num_sms, shared memory of a block) of a 4090, an A100 and an H100
 DEVICES = {"sm_89": (128, 99 * KIB), "sm_80": (108, 163 * KIB), "sm_90": (132, 227 * KIB)}
