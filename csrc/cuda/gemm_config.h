@@ -180,8 +180,10 @@ constexpr int arg_bytes(ConfigId id) {
 }
 
 // Whether the addresses of all copies stay in registers from one k block to the next: a short
-// reduction has no use for them.
-constexpr bool keeps_addresses(const TileConfig& c) { return c.stages > 2; }
+// reduction has no use for them, and the widest wgrad's dropout leaves no room.
+constexpr bool keeps_addresses(ConfigId id) {
+  return tile_config(id).stages > 2 && id != ConfigId::kWgrad160Drop;
+}
 
 // Dropout's registers leave room for one block of any config.
 constexpr int blocks_per_sm(ConfigId id, bool has_dropout) {

@@ -46,7 +46,7 @@ class GemmTile {
   static constexpr int kThreads = kTile.threads(), kStages = kTile.stages;
   static constexpr bool kAByK = kTile.A_rows_are_k(), kBByK = kTile.B_rows_are_k();
   static constexpr Layout kLayout = kTile.layout;
-  static constexpr bool kUnrolls = keeps_addresses(kTile);
+  static constexpr bool kUnrolls = keeps_addresses(kId);
   static constexpr bool kSplits = can_split(kLayout);
   // B is the smaller operand, but fp16 has no room for the product of two small factors, and Bt
   // starts from zero.
