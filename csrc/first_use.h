@@ -22,9 +22,15 @@
 
 namespace rasa {
 
-// What is multiplied: a program's dtype, or float32 in one of two ways.
+// What is multiplied: a program's dtype (so the first values are DType's), or float32 in one of two
+// ways.
 enum class Products : int8_t { kF64, kF32, kBF16, kF16, kTF32, kFullPrecision };
 constexpr size_t kNumProducts = 6;
+static_assert(static_cast<DType>(Products::kF64) == DType::kF64 &&
+                  static_cast<DType>(Products::kF32) == DType::kF32 &&
+                  static_cast<DType>(Products::kBF16) == DType::kBF16 &&
+                  static_cast<DType>(Products::kF16) == DType::kF16,
+              "a dtype's products have its value");
 
 // Of a program on a launcher that multiplies float32 in TF32 where it may.
 inline Products products_of(const Program& program, bool allows_tf32) {
