@@ -45,6 +45,7 @@ from ptx.planned_gemm import KERNELS, LARGE_SMEM, SMALL_SMEM, Device, Planned, P
 UNSPLIT = 1e9  # a reduce launch that costs this is never worth it
 AIMS = {"traffic_ratio": 1.10, "l2_ratio": 1.6, "bank_conflict_factor": 1.0}
 POOL_LAYERS = 4
+UNEXPLAINED = "No reason is known."
 FEATURES, RANKS = (576, 1536, 2048, 4096), (37, 39, 78, 156)
 
 
@@ -251,7 +252,7 @@ def note(row: dict[str, Any]) -> str:
         return NOTES["fp32 tiles"]
     if row["form"] in ("expand", "merge") and row["tiles"] <= row["grid"]:
         return NOTES["one tile"]
-    raise RuntimeError(f"{row['case']} misses an aim, and nobody has said why: {row}")
+    return UNEXPLAINED
 
 
 def machine_code(*archs: str) -> list[dict[str, Any]]:
@@ -307,6 +308,8 @@ def main() -> None:
         (args.folder / "kernels_ptx.json").write_text(text + "\n")
         loops = json.dumps(machine_code("sm_80", "sm_90"), indent=1, ensure_ascii=False)
         (args.folder / "kernels_sass.json").write_text(loops + "\n")
+    if UNEXPLAINED in notes:
+        raise SystemExit("a figure misses its aim, and NOTES has no reason")
 
 
 if __name__ == "__main__":
