@@ -63,8 +63,7 @@ class CMakeBuild(build_ext):
         """Configure and build in a folder that belongs to this torch and this Python."""
         torch = installed_torch()
         toolkit = toolchain.find_cuda(dict(os.environ))
-        has_cuda_sources = (ROOT / "csrc" / "cuda" / "register_cuda.cpp").exists()
-        backends, notice = toolchain.decide_backends(torch, toolkit, has_cuda_sources)
+        backends, notice = toolchain.decide_backends(torch, toolkit)
         if notice is not None:
             print(f"rasa_ext: {notice}.", flush=True)
         library = Path(self.get_ext_fullpath(ext.name)).resolve()

@@ -129,14 +129,12 @@ def find_cuda(environ: dict[str, str]) -> CudaToolkit | None:
 
 
 def decide_backends(
-    torch: Torch, toolkit: CudaToolkit | None, has_cuda_sources: bool
+    torch: Torch, toolkit: CudaToolkit | None
 ) -> tuple[tuple[str, ...], str | None]:
     """Return the backends to build, and why CUDA is not among them where torch has it."""
     cpu_only = f"CPU backend only: torch {torch.version} is a CUDA {torch.cuda} build, but"
     if torch.cuda is None:
         return ("cpu",), None
-    if not has_cuda_sources:
-        return ("cpu",), f"{cpu_only} this version of rasa_ext has no CUDA kernels"
     if toolkit is None:
         return ("cpu",), (
             f"{cpu_only} no CUDA toolkit was found. For the CUDA backend, install the CUDA "

@@ -258,6 +258,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("micro_kernel_dtypes", &rasa::cpu::micro_kernel_dtypes);
   m.def("set_portable", &rasa::cpu::set_portable, pybind11::arg("portable"));
   m.def("set_cpu_launcher", &rasa::cpu::set_launcher, pybind11::arg("name"));
+  m.def(
+      "start_recording",
+      [](int32_t num_sms, int32_t smem_bytes) {
+        rasa::cpu::start_recording({num_sms, smem_bytes});
+      },
+      pybind11::arg("num_sms"), pybind11::arg("smem_bytes"));
+  m.def("stop_recording", &rasa::cpu::stop_recording);
   m.def("first_use_kernels", &rasa::first_use_kernels, pybind11::arg("dtype"),
         pybind11::arg("num_sms"), pybind11::arg("smem_bytes"));
 }

@@ -141,25 +141,22 @@ def test_cuda_home_is_the_only_place_looked_at(tmp_path):
 
 
 def test_a_cpu_torch_gets_the_cpu_backend_and_no_notice():
-    assert toolchain.decide_backends(CPU_TORCH, TOOLKIT, True) == (("cpu",), None)
+    assert toolchain.decide_backends(CPU_TORCH, TOOLKIT) == (("cpu",), None)
 
 
 def test_a_cuda_torch_with_a_toolkit_of_its_major_version_gets_both_backends():
-    assert toolchain.decide_backends(CUDA_TORCH, TOOLKIT, True) == (("cpu", "cuda"), None)
+    assert toolchain.decide_backends(CUDA_TORCH, TOOLKIT) == (("cpu", "cuda"), None)
 
 
 @pytest.mark.parametrize(
-    ("toolkit", "has_cuda_sources", "reason"),
+    ("toolkit", "reason"),
     [
-        (None, True, "no CUDA toolkit was found. For the CUDA backend, install the CUDA 13.0"),
-        (toolchain.CudaToolkit(Path("old"), "12.8"), True, "the toolkit in old is CUDA 12.8"),
-        (TOOLKIT, False, "this version of rasa_ext has no CUDA kernels"),
+        (None, "no CUDA toolkit was found. For the CUDA backend, install the CUDA 13.0"),
+        (toolchain.CudaToolkit(Path("old"), "12.8"), "the toolkit in old is CUDA 12.8"),
     ],
 )
-def test_a_cuda_torch_without_what_cuda_needs_gets_cpu_only_and_a_notice(
-    toolkit, has_cuda_sources, reason
-):
-    backends, notice = toolchain.decide_backends(CUDA_TORCH, toolkit, has_cuda_sources)
+def test_a_cuda_torch_without_what_cuda_needs_gets_cpu_only_and_a_notice(toolkit, reason):
+    backends, notice = toolchain.decide_backends(CUDA_TORCH, toolkit)
     assert backends == ("cpu",)
     assert notice.startswith("CPU backend only: torch 2.14.1+cu130 is a CUDA 13.0 build, but")
     assert reason in notice

@@ -2,7 +2,10 @@
 #include "launch.h"
 
 #include <atomic>
+#include <mutex>
+#include <utility>
 
+#include "../cuda/kernel_names.h"
 #include "../first_use.h"
 #include "../library_gemm.h"
 #include "dropout_mask.h"
@@ -26,6 +29,26 @@ void run_checked(const Program& program) {
   run(program);
 }
 
+struct Recording {
+  std::mutex mutex;
+  cuda::DeviceInfo device = {};
+  std::vector<std::vector<std::string>> programs;
+};
+
+Recording& recording() {
+  static Recording instance;
+  return instance;
+}
+
+void run_recorded(const Program& program) {
+  {
+    Recording& r = recording();
+    const std::lock_guard<std::mutex> guard(r.mutex);
+    r.programs.push_back(cuda::kernel_names(program, r.device));
+  }
+  grouped_gemm(program);
+}
+
 std::atomic<LaunchFn> launcher = grouped_gemm;
 
 }  // namespace
@@ -47,6 +70,21 @@ void set_launcher(const std::string& name) {
                 name);
     launcher = run_checked<run_truncating, false>;
   }
+}
+
+void start_recording(const cuda::DeviceInfo& device) {
+  Recording& r = recording();
+  const std::lock_guard<std::mutex> guard(r.mutex);
+  r.device = device;
+  r.programs.clear();
+  launcher = run_recorded;
+}
+
+std::vector<std::vector<std::string>> stop_recording() {
+  Recording& r = recording();
+  const std::lock_guard<std::mutex> guard(r.mutex);
+  launcher = grouped_gemm;
+  return std::exchange(r.programs, {});
 }
 
 }  // namespace rasa::cpu

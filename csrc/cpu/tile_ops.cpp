@@ -6,10 +6,7 @@
 #include "tile_ops.h"
 
 #include "../philox.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "draw_strip.h"
 
 #define RASA_CONCAT_(a, b) a##b
 #define RASA_CONCAT(a, b) RASA_CONCAT_(a, b)
@@ -302,74 +299,6 @@ void add_scaled(const void* acc_, double scale_, void* total_, int64_t n) {
 void add_scaled_row(DType acc_type, const void* acc, double scale, void* total, int64_t n) {
   if (acc_type == DType::kF64) return add_scaled<double>(acc, scale, total, n);
   add_scaled<float>(acc, scale, total, n);
-}
-
-// A vector of 64-bit lanes whose low words count. The one intrinsic per width is the multiplication
-// of the low words: written as a product of masked 64-bit numbers, the compiler takes a 64 × 64
-// multiplication, and drawing takes twice as long (80 against 40 us for 512 × 576 elements on one
-// core with AVX-512).
-#if defined(__AVX512F__)
-constexpr int kLanes = 8;
-#elif defined(__AVX2__)
-constexpr int kLanes = 4;
-#else
-constexpr int kLanes = 2;
-#endif
-typedef uint64_t Lanes __attribute__((vector_size(8 * kLanes)));
-
-inline Lanes multiply_low_words(Lanes a, uint32_t b) {
-#if defined(__AVX512F__)
-  return (Lanes)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
-#elif defined(__AVX2__)
-  return (Lanes)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
-#elif defined(__SSE2__)
-  return (Lanes)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
-#else
-  return (a & 0xffffffffu) * b;
-#endif
-}
-
-// All 32 lanes of one 16 × 16 block.
-void draw_block(uint32_t key0, uint32_t key1, uint32_t m16, uint32_t c16, uint32_t (&word)[4][32]) {
-  for (int lane0 = 0; lane0 < 32; lane0 += kLanes) {
-    Lanes w0 = {}, w1 = {}, w2 = {}, w3 = {};
-    for (int i = 0; i < kLanes; ++i) w0[i] = lane0 + i;
-    w1 += m16;
-    w2 += c16;
-    uint32_t k0 = key0, k1 = key1;
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const Lanes p0 = multiply_low_words(w0, 0xD2511F53u);
-      const Lanes p1 = multiply_low_words(w2, 0xCD9E8D57u);
-      w0 = (p1 >> 32) ^ w1 ^ k0;
-      w1 = p1;
-      w2 = (p0 >> 32) ^ w3 ^ k1;
-      w3 = p0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    for (int i = 0; i < kLanes; ++i) {
-      word[0][lane0 + i] = static_cast<uint32_t>(w0[i]);
-      word[1][lane0 + i] = static_cast<uint32_t>(w1[i]);
-      word[2][lane0 + i] = static_cast<uint32_t>(w2[i]);
-      word[3][lane0 + i] = static_cast<uint32_t>(w3[i]);
-    }
-  }
-}
-
-void draw_strip(uint64_t seed, uint32_t m16, uint32_t c16, int64_t num_blocks, uint16_t* draws,
-                int64_t ld) {
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    uint32_t word[4][32];
-    draw_block(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), m16,
-               c16 + static_cast<uint32_t>(b), word);
-    // Lanes 4·(m%8) … +3 of a word hold 8 neighbouring features of row m, low half first: 16 bytes
-    // as they lie.
-    for (int m = 0; m < 16; ++m) {
-      uint16_t* row = draws + m * ld + b * 16;
-      __builtin_memcpy(row, &word[m / 8][4 * (m % 8)], 16);
-      __builtin_memcpy(row + 8, &word[m / 8 + 2][4 * (m % 8)], 16);
-    }
-  }
 }
 
 // Sums of kSumLength products are added up, rather than one long chain: its rounding error grows

@@ -24,6 +24,9 @@ constexpr int64_t kWgradRows = 256;
 constexpr int64_t kWgradColumns = 96;
 constexpr int64_t kWgradDepth = 128;
 
+// What a row without memory reads as, in any type.
+alignas(64) inline constexpr char kZeroRow[8 * kTileDepth] = {};
+
 // The small operand of one segment, packed: B (K,N) in NT and NN; in TN op(A) in blocks (M,
 // kWgradDepth), one after the other, less deep only where K is shorter: a row stride of K would
 // make new micro-kernels for every number of tokens, and the library keeps them all.

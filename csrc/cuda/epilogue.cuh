@@ -19,12 +19,12 @@ __device__ __forceinline__ void write_partial_rows(uint64_t* table, int num_rows
                                                    const KernelArgs& args,
                                                    const ProblemArg& problem, int first,
                                                    int split) {
-  const float* partial =
-      args.workspace_floats(problem.partials_at) + split * partial_size(problem.M, problem.N);
+  const float* partials = args.workspace_floats(problem.partials_at);
   for (int i = threadIdx.x; i < num_rows; i += blockDim.x) {
     const int m = first + i;
     const bool is_wanted = m < problem.M && row_address(args, problem.C, m) != 0;
-    table[i] = is_wanted ? reinterpret_cast<uint64_t>(partial + partial_size(m, problem.N)) : 0;
+    const float* row = partials + partial_row(split, problem.M, problem.N, m);
+    table[i] = is_wanted ? reinterpret_cast<uint64_t>(row) : 0;
   }
 }
 

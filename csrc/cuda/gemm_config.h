@@ -24,8 +24,9 @@ enum class ConfigId : int8_t {
   kWgrad48,
   kWgrad80,
   kWgrad160,
-  kWgrad160Wide,
+  kWgrad160Drop,
   kWgradScaled,
+  kWgradScaled128,
   kMerge80,
   kMerge160,
   kMerge160Wide,
@@ -43,7 +44,7 @@ enum class ConfigId : int8_t {
   kF32WgradScaled,
   kReduce,  // no tile shape: the sum of partials, reduce_kernel.cuh
 };
-constexpr int kNumConfigs = 31;  // tile shapes
+constexpr int kNumConfigs = 32;  // tile shapes
 
 struct TileConfig {
   Layout layout;
@@ -135,11 +136,13 @@ constexpr TileConfig tile_config(ConfigId id) {
     case ConfigId::kWgrad80:
       return {Layout::kTN, 80, 128, 64, 1, 4, 3, 1, false, false};
     case ConfigId::kWgrad160:
-      return {Layout::kTN, 160, 128, 32, 2, 4, 4, 1, false, false};
-    case ConfigId::kWgrad160Wide:
       return {Layout::kTN, 160, 256, 32, 2, 4, 3, 1, false, false};
+    case ConfigId::kWgrad160Drop:  // one warp row: no two warps draw the same
+      return {Layout::kTN, 160, 256, 32, 1, 8, 3, 1, false, false};
     case ConfigId::kWgradScaled:
       return {Layout::kTN, 48, 128, 64, 1, 4, 3, 1, true, false};
+    case ConfigId::kWgradScaled128:
+      return {Layout::kTN, 128, 128, 32, 1, 8, 4, 1, true, false};
     case ConfigId::kMerge80:
       return {Layout::kTN, 128, 128, 80, 4, 2, 2, 1, false, true};
     case ConfigId::kMerge160:
@@ -200,11 +203,13 @@ constexpr bool is_merge(ConfigId id) {
   return id >= ConfigId::kMerge80 && id <= ConfigId::kF32Merge;
 }
 
-// Which configs grouped_gemm.cu instantiates with dropout beside those without. The widest wgrad
-// has no registers left for it.
+// Which configs grouped_gemm.cu instantiates with dropout, and which without. Of the widest wgrad's
+// two, that of two warp rows has no registers left for dropout, and the other reads shared memory
+// more often.
 constexpr bool has_dropout_kernel(ConfigId id) {
-  return !is_merge(id) && id != ConfigId::kWgrad160Wide;
+  return !is_merge(id) && id != ConfigId::kWgrad160;
 }
+constexpr bool has_plain_kernel(ConfigId id) { return id != ConfigId::kWgrad160Drop; }
 
 // The argument block that the kernel declares: large where a group has many problems, or a problem
 // many segments.
@@ -213,8 +218,10 @@ constexpr int arg_bytes(ConfigId id) {
 }
 
 // Whether the addresses of all copies stay in registers from one k block to the next: a short
-// reduction has no use for them.
-constexpr bool keeps_addresses(const TileConfig& c) { return c.stages > 2; }
+// reduction has no use for them, and the widest wgrad's dropout leaves no room.
+constexpr bool keeps_addresses(ConfigId id) {
+  return tile_config(id).stages > 2 && id != ConfigId::kWgrad160Drop;
+}
 
 // Dropout's registers leave room for one block of any config.
 constexpr int blocks_per_sm(ConfigId id, bool has_dropout) {
@@ -227,7 +234,13 @@ struct ProblemShape {
   int64_t M, N, max_K;
   int num_segments;
   bool scales_segments;  // several segments, of which one has its own scale_m
-  bool has_row_dot, has_dropout;
+  bool scales_k, has_row_dot, has_dropout;
+
+  constexpr bool walks() const { return num_segments == 1 && max_K <= 160; }
+  // TN with the rank along K, W += Btᵀ·diag(d)·A; a wgrad has it along M.
+  constexpr bool is_merge() const {
+    return layout == Layout::kTN && scales_k && !has_row_dot && !has_dropout;
+  }
 };
 
 // L2 figures: bytes that cross from L2 to the SMs over those of operands and result, each once, for
@@ -235,7 +248,6 @@ struct ProblemShape {
 // the counted ones.
 constexpr ConfigId select_config(const ProblemShape& p, int smem_bytes) {
   const bool has_large_smem = smem_bytes >= kLargeSmemBytes;
-  const bool walks = p.num_segments == 1 && p.max_K <= 160;
   switch (p.layout) {
     case Layout::kNT:  // one N tile holds the whole rank, so x is read once
       if (p.scales_segments) return ConfigId::kShrinkScaled;
@@ -245,25 +257,52 @@ constexpr ConfigId select_config(const ProblemShape& p, int smem_bytes) {
       return ConfigId::kShrink160Tall;  // 256 rows share a load of A: L2 1.61, with 128 2.22
     case Layout::kNN:
       if (p.scales_segments) return ConfigId::kExpandScaled;
-      if (!walks) return ConfigId::kExpandSegments;
+      if (!p.walks()) return ConfigId::kExpandSegments;
       if (p.max_K <= 48) return ConfigId::kExpand48;  // R = 39: L2 1.15; 40 KiB, so two blocks
       if (p.max_K <= 80) return ConfigId::kExpand80;  // R = 78: L2 1.30
       // Narrow: the widest panel beside which A fits 99 KiB, L2 1.41. Wide: L2 1.30, and the next
       // tile's A is loaded while this one is stored.
       return has_large_smem && p.M > 96 ? ConfigId::kExpand160Wide : ConfigId::kExpand160;
-    default:  // wgrad: one M tile holds the whole rank, so x is read once; merge has it along K
-      if (p.scales_segments) return ConfigId::kWgradScaled;
-      if (p.M <= 48) return ConfigId::kWgrad48;       // R = 39: L2 1.31
-      if (p.M <= 80) return ConfigId::kWgrad80;       // R = 78: L2 1.61
-      if (p.has_dropout) return ConfigId::kWgrad160;  // its instructions cost more than L2
-      if (p.M <= 160) {  // 256 columns share a load of g: L2 1.61, with 128 2.22
-        return p.N <= 128 ? ConfigId::kWgrad160 : ConfigId::kWgrad160Wide;
+    default:
+      if (p.scales_segments) {  // R = 128: L2 2.00, with 48 rows, x read three times, 4.00
+        return p.M <= 48 ? ConfigId::kWgradScaled : ConfigId::kWgradScaled128;
       }
-      if (p.has_row_dot) return ConfigId::kWgrad160;  // a merge has none
-      if (!walks) return ConfigId::kMergeSegments;
-      if (p.max_K <= 80) return ConfigId::kMerge80;  // as expand
-      return has_large_smem ? ConfigId::kMerge160Wide : ConfigId::kMerge160;
+      if (p.is_merge()) {
+        if (!p.walks()) return ConfigId::kMergeSegments;
+        if (p.max_K <= 80) return ConfigId::kMerge80;  // as expand
+        return has_large_smem ? ConfigId::kMerge160Wide : ConfigId::kMerge160;
+      }
+      // One M tile holds the whole rank, so x is read once.
+      if (p.M <= 48) return ConfigId::kWgrad48;  // R = 39: L2 1.31
+      if (p.M <= 80) return ConfigId::kWgrad80;  // R = 78: L2 1.61
+      // 256 columns share a load of g: L2 1.61, with 128 2.22.
+      return p.has_dropout ? ConfigId::kWgrad160Drop : ConfigId::kWgrad160;
   }
+}
+
+// Whether one kernel, that of widest(), computes two problems of a layout. The narrower one's tiles
+// are then partly empty: they cost tensor time that DRAM hides, and no traffic. In wgrad, dropout
+// is drawn for problems without it too, which is hidden likewise: no two warps draw the same, or in
+// fp32 two do, for twice the bytes.
+constexpr bool can_share_kernel(const ProblemShape& a, const ProblemShape& b) {
+  if (a.layout != b.layout || a.scales_segments || b.scales_segments || a.is_merge() ||
+      b.is_merge()) {
+    return false;
+  }
+  if (a.layout == Layout::kTN) return true;
+  return a.has_dropout == b.has_dropout && (a.layout == Layout::kNT || a.walks() == b.walks());
+}
+
+constexpr ProblemShape widest(const ProblemShape& a, const ProblemShape& b) {
+  return {a.layout,
+          a.M > b.M ? a.M : b.M,
+          a.N > b.N ? a.N : b.N,
+          a.max_K > b.max_K ? a.max_K : b.max_K,
+          a.num_segments > b.num_segments ? a.num_segments : b.num_segments,
+          a.scales_segments || b.scales_segments,
+          a.scales_k || b.scales_k,
+          a.has_row_dot || b.has_row_dot,
+          a.has_dropout || b.has_dropout};
 }
 
 }  // namespace rasa::cuda

@@ -48,9 +48,8 @@ class GemmTile {
   static constexpr int kThreads = kTile.threads(), kStages = kTile.stages;
   static constexpr bool kAByK = kTile.A_rows_are_k(), kBByK = kTile.B_rows_are_k();
   static constexpr Layout kLayout = kTile.layout;
-  static constexpr bool kUnrolls = keeps_addresses(kTile);
-  // An NN reduction, over the rank, is short.
-  static constexpr bool kSplits = kLayout != Layout::kNN;
+  static constexpr bool kUnrolls = keeps_addresses(kId);
+  static constexpr bool kSplits = can_split(kLayout);
   // B is the smaller operand, but fp16 has no room for the product of two small factors, and Bt
   // starts from zero.
   static constexpr bool kScalesA = std::is_same_v<Element, __half>;
@@ -69,15 +68,14 @@ class GemmTile {
         smem_(smem),
         problem_(args.problem(args.problem_of(tile))),
         lane_(threadIdx.x % 32),
-        warp_m_(threadIdx.x / 32 / kTile.warps_n * kWarpM),
+        warp_m_(kTile.warps_m == 1 ? 0 : threadIdx.x / 32 / kTile.warps_n * kWarpM),
         warp_n_(threadIdx.x / 32 % kTile.warps_n * kWarpN) {
     const int tiles_m = ceil_div(problem_.M, kBlockM), tiles_n = ceil_div(problem_.N, kBlockN);
     const int in_problem = tile - args.tile_start(args.problem_of(tile));
-    const int num_tiles = tiles_m * tiles_n;
-    if constexpr (kSplits) split_ = in_problem / num_tiles;
-    const TileCoord coord = tile_coord(kLayout, in_problem - split_ * num_tiles, tiles_m, tiles_n);
-    m0_ = coord.m * kBlockM;
-    n0_ = coord.n * kBlockN;
+    const TilePlace place = tile_place(kLayout, in_problem, tiles_m, tiles_n);
+    split_ = place.split;
+    m0_ = place.coord.m * kBlockM;
+    n0_ = place.coord.n * kBlockN;
   }
 
   __device__ void run() {
@@ -317,12 +315,10 @@ class GemmTile {
     }
   }
 
-  // One vector (M) for each split, tile column and warp column.
   __device__ float* row_dots() const {
-    const int64_t column =
-        (int64_t{split_} * ceil_div(problem_.N, kBlockN) * kBlockN + n0_) / kWarpN;
     return args_.workspace_floats(problem_.row_dots_at) +
-           (column + warp_n_ / kWarpN) * partial_size(1, problem_.M);
+           row_dot_part(split_, problem_.N, kBlockN, kWarpN, n0_ + warp_n_) *
+               partial_size(1, problem_.M);
   }
 
   __device__ void drop_sums(float (&acc)[kTilesN][4], int i) const {

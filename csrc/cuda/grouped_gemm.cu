@@ -25,16 +25,18 @@ Kernel address(void (*kernel)(Args)) {
 
 template <class Element, ConfigId kId>
 ConfigKernels config_kernels() {
+  ConfigKernels kernels = {};
   if constexpr (kId == ConfigId::kReduce) {
-    return {address(reduce_partials<Element>), nullptr};
-  } else if constexpr (tile_config(kId).element_bytes != sizeof(Element)) {
-    return {nullptr, nullptr};
-  } else if constexpr (has_dropout_kernel(kId)) {
-    return {address(grouped_gemm_sm80<kId, Element, false>),
-            address(grouped_gemm_sm80<kId, Element, true>)};
-  } else {
-    return {address(grouped_gemm_sm80<kId, Element, false>), nullptr};
+    kernels.plain = address(reduce_partials<Element>);
+  } else if constexpr (tile_config(kId).element_bytes == sizeof(Element)) {
+    if constexpr (has_plain_kernel(kId)) {
+      kernels.plain = address(grouped_gemm_sm80<kId, Element, false>);
+    }
+    if constexpr (has_dropout_kernel(kId)) {
+      kernels.with_dropout = address(grouped_gemm_sm80<kId, Element, true>);
+    }
   }
+  return kernels;
 }
 
 template <class Element, int... kIds>

@@ -4,6 +4,7 @@
 
 #include "../gemm_problem.h"
 #include "../host_device.h"
+#include "tile_order.h"
 
 namespace rasa::cuda {
 
@@ -50,6 +51,17 @@ constexpr int32_t kUnsplit = INT32_MAX;  // k_per_split
 // Floats of one partial (M,N).
 RASA_HD constexpr int64_t partial_size(int64_t M, int64_t N) { return M * round_up(N, 4); }
 
+// Where row m of a split's partial (M,N) begins, in floats from partials_at on.
+RASA_HD constexpr int64_t partial_row(int split, int64_t M, int64_t N, int m) {
+  return split * partial_size(M, N) + partial_size(m, N);
+}
+
+// A problem's row_dot has one partial for each split, tile column and warp column, in this order.
+// n: the warp's first column of C.
+RASA_HD constexpr int64_t row_dot_part(int split, int64_t N, int block_n, int warp_n, int n) {
+  return (split * round_up(N, block_n) + n) / warp_n;
+}
+
 struct KernelArgs {
   // Scratch memory of a group's launches, aligned to 256 bytes. The launcher fills it in.
   void* workspace;
@@ -82,16 +94,7 @@ struct KernelArgs {
 
   // tile_start(p) <= tile < tile_start(p + 1)
   RASA_HD int problem_of(int tile) const {
-    int first = 0, last = num_problems - 1;
-    while (first < last) {
-      const int middle = (first + last + 1) / 2;
-      if (tile_start(middle) <= tile) {
-        first = middle;
-      } else {
-        last = middle - 1;
-      }
-    }
-    return first;
+    return problem_of_tile([this](int p) { return tile_start(p); }, num_problems, tile);
   }
 };
 

@@ -45,7 +45,7 @@ inline std::vector<std::string> all_kernel_names(DType element, const DeviceInfo
     const ConfigId config = static_cast<ConfigId>(i);
     if (!is_for(config, device.smem_bytes)) continue;
     if (tile_config(config).element_bytes != element_size(element)) continue;
-    names.push_back(kernel_name(config, element, false));
+    if (has_plain_kernel(config)) names.push_back(kernel_name(config, element, false));
     if (has_dropout_kernel(config)) names.push_back(kernel_name(config, element, true));
   }
   return names;

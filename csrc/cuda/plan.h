@@ -87,12 +87,25 @@ class GroupPlanner {
 
   const Problem& problem(int32_t i) const { return program_.problems[group_.first_problem + i]; }
 
+  // Problems of one layer, or of siblings, share a launch where a kernel computes them all: a
+  // launch costs more than tiles that are partly empty. Where they are too many for one argument
+  // block, a launch costs little beside their work, and each problem gets the kernel of its size.
   void choose_kernels() {
+    std::vector<ProblemShape> shapes;
+    for (int32_t i = 0; i < group_.num_problems; ++i) shapes.push_back(shape(problem(i)));
     for (int32_t i = 0; i < group_.num_problems; ++i) {
-      kernels_.push_back({config(problem(i)), problem(i).drop_threshold > 0});
+      ProblemShape shared = shapes[i];
+      size_t bytes = 0;
+      for (int32_t j = 0; j < group_.num_problems && bytes <= kSmallArgBytes; ++j) {
+        if (!can_share_kernel(shapes[i], shapes[j])) continue;
+        shared = widest(shared, shapes[j]);
+        bytes += num_bytes(problem(j));
+      }
+      const bool shares = bytes > 0 && bytes <= kSmallArgBytes;
+      kernels_.push_back(shares ? Kernel{choose(shared), shared.has_dropout}
+                                : kernel_alone(shapes[i], problem(i)));
     }
-    // Kernels with dropout run problems without it too. That saves a launch, dBt's beside dA's, and
-    // drawing hides behind DRAM where no two warps draw the same.
+    // Kernels with dropout run problems without it too, where no two warps draw the same.
     for (Kernel& kernel : kernels_) {
       const Kernel other = {kernel.config, true};
       const bool draws_once = tile_config(kernel.config).warps_m == 1;
@@ -103,20 +116,26 @@ class GroupPlanner {
     }
   }
 
-  ConfigId config(const Problem& p) const {
-    ProblemShape shape = {
-        group_.layout,       p.M, p.N, 0, p.num_segments, false, p.row_dot != nullptr,
-        p.drop_threshold > 0};
+  ProblemShape shape(const Problem& p) const {
+    ProblemShape shape = {group_.layout,       p.M,   p.N,   0,
+                          p.num_segments,      false, false, p.row_dot != nullptr,
+                          p.drop_threshold > 0};
     for (const Segment* s = segments(p); s < segments(p) + p.num_segments; ++s) {
       shape.max_K = std::max<int64_t>(shape.max_K, s->K);
       shape.scales_segments |= s->scale_m != nullptr && p.num_segments > 1;
+      shape.scales_k |= s->scale_k != nullptr;
     }
-    const ConfigId id = choose(shape);
-    const size_t bytes = ArgsBuilder::num_bytes(p, segments(p), p.num_segments);
-    if (bytes <= static_cast<size_t>(arg_bytes(id))) return id;
+    return shape;
+  }
+
+  size_t num_bytes(const Problem& p) const {
+    return ArgsBuilder::num_bytes(p, segments(p), p.num_segments);
+  }
+
+  Kernel kernel_alone(ProblemShape shape, const Problem& p) const {
     // The kernels with a scale for each segment take the most arguments.
-    shape.scales_segments = true;
-    return choose(shape);
+    shape.scales_segments |= num_bytes(p) > static_cast<size_t>(arg_bytes(choose(shape)));
+    return {choose(shape), shape.has_dropout};
   }
 
   ConfigId choose(const ProblemShape& shape) const {
@@ -242,8 +261,7 @@ class GroupPlanner {
   void add_reduction(const Reduction& r) {
     const BlockList C = r.row_dot.ptr == nullptr ? builder_.list(r.problem.C)
                                                  : BlockList{&r.row_dot, 1, program_.scale_dtype};
-    const int64_t columns = kReduceThreads / reduce_groups(r.arg.num_partials);
-    const int64_t tiles = ceil_div(r.arg.M * ceil_div(r.arg.N, 4), columns);
+    const int64_t tiles = num_reduce_tiles(r.arg.M, r.arg.N, r.arg.num_partials);
     const auto added = [&] {
       return builder_.add(r.arg, r.problem, C, nullptr, 0, tiles, arg_bytes(kernel_.config));
     };
@@ -266,9 +284,12 @@ class GroupPlanner {
     const bool reduces = kernel_.config == ConfigId::kReduce;
     // Persistent: no more blocks than fit the GPU at once.
     const int64_t resident = reduces ? int64_t{device_.num_sms} * kReduceBlocks : num_slots();
-    const int32_t grid = static_cast<int32_t>(std::min(builder_.num_tiles(), resident));
-    launches_.push_back({kernel_.config, program_.dtype, kernel_.has_dropout, grid,
-                         reduces ? kReduceThreads : tile().threads(),
+    const int64_t tiles = builder_.num_tiles();
+    int64_t grid = std::min(tiles, resident);
+    // Walks of equal length take no longer than the longest one, and load fewer panels.
+    if (!reduces && tile().walks) grid = ceil_div(tiles, ceil_div(tiles, grid));
+    launches_.push_back({kernel_.config, program_.dtype, kernel_.has_dropout,
+                         static_cast<int32_t>(grid), reduces ? kReduceThreads : tile().threads(),
                          reduces ? 0 : tile().smem_bytes(),
                          builder_.finish(arg_bytes(kernel_.config))});
   }

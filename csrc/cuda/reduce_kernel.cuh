@@ -39,29 +39,28 @@ __global__ void __launch_bounds__(kReduceThreads)
   for (int tile = blockIdx.x; tile < args.num_tiles; tile += gridDim.x) {
     const int index = args.problem_of(tile);
     const ProblemArg& problem = args.problem(index);
-    const int groups = reduce_groups(problem.num_partials), columns = kReduceThreads / groups;
-    const int group = threadIdx.x / columns, row_quads = ceil_div(problem.N, 4);
-    const int quad = (tile - args.tile_start(index)) * columns + threadIdx.x % columns;
-    const int m = quad / row_quads, n = 4 * (quad - m * row_quads);
+    const ReducePlace place =
+        reduce_place(tile - args.tile_start(index), threadIdx.x, problem.num_partials, problem.N);
+    const int m = place.m, n = place.n;
     const uint64_t out = m < problem.M ? row_address(args, problem.C, m) : 0;
     const int64_t size = partial_size(problem.M, problem.N);
-    const float* partials = args.workspace_floats(problem.partials_at) + int64_t{4} * quad;
+    const float* partials = args.workspace_floats(problem.partials_at) + int64_t{4} * place.quad;
     float4 sum = {};
     if (out != 0) {
 #pragma unroll 4
-      for (int p = group; p < problem.num_partials; p += groups) {
+      for (int p = place.group; p < problem.num_partials; p += place.groups) {
         add(sum, *reinterpret_cast<const float4*>(partials + p * size));
       }
     }
-    if (groups > 1) {
+    if (place.groups > 1) {
       __syncthreads();  // the sums of the tile before are read
       group_sums[threadIdx.x] = sum;
       __syncthreads();  // these are written
-      for (int g = 1; group == 0 && g < groups; ++g) {
-        add(sum, group_sums[g * columns + threadIdx.x]);
+      for (int g = 1; place.group == 0 && g < place.groups; ++g) {
+        add(sum, group_sums[g * kReduceThreads / place.groups + threadIdx.x]);
       }
     }
-    if (out != 0 && group == 0) store_reduced<Element>(out, args, problem, m, n, sum);
+    if (out != 0 && place.group == 0) store_reduced<Element>(out, args, problem, m, n, sum);
   }
 }
 

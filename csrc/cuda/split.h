@@ -113,4 +113,23 @@ RASA_HD constexpr int reduce_groups(int num_partials) {
   return num_partials > 2 * kReduceGroups ? kReduceGroups : 1;
 }
 
+// Tiles of the reduce kernel that C (M,N) has.
+RASA_HD constexpr int64_t num_reduce_tiles(int64_t M, int64_t N, int num_partials) {
+  return ceil_div(M * ceil_div(N, 4), kReduceThreads / reduce_groups(num_partials));
+}
+
+// What a thread of a tile sums: partials group, group + groups, … of columns n … n + 3 of row m,
+// which begin `quad` · 4 floats after the partial does.
+struct ReducePlace {
+  int groups, group;
+  int quad;
+  int m, n;
+};
+RASA_HD constexpr ReducePlace reduce_place(int tile, int thread, int num_partials, int N) {
+  const int groups = reduce_groups(num_partials), columns = kReduceThreads / groups;
+  const int row_quads = static_cast<int>(ceil_div(N, 4));
+  const int quad = tile * columns + thread % columns;
+  return {groups, thread / columns, quad, quad / row_quads, 4 * (quad % row_quads)};
+}
+
 }  // namespace rasa::cuda

@@ -19,6 +19,34 @@ RASA_HD constexpr TileCoord tile_coord(Layout layout, int tile, int tiles_m, int
                                : TileCoord{tile % tiles_m, tile / tiles_m};
 }
 
+struct TilePlace {
+  int split;
+  TileCoord coord;
+};
+
+// What a tile of a problem computes: the tiles of a split follow those of the split before. An NN
+// reduction, over the rank, is short and never split.
+RASA_HD constexpr bool can_split(Layout layout) { return layout != Layout::kNN; }
+RASA_HD constexpr TilePlace tile_place(Layout layout, int tile, int tiles_m, int tiles_n) {
+  const int split = can_split(layout) ? tile / (tiles_m * tiles_n) : 0;
+  return {split, tile_coord(layout, tile - split * tiles_m * tiles_n, tiles_m, tiles_n)};
+}
+
+// starts(p) <= tile < starts(p + 1), where starts(p) is the first tile of problem p.
+template <class Starts>
+RASA_HD constexpr int problem_of_tile(const Starts& starts, int num_problems, int tile) {
+  int first = 0, last = num_problems - 1;
+  while (first < last) {
+    const int middle = (first + last + 1) / 2;
+    if (starts(middle) <= tile) {
+      first = middle;
+    } else {
+      last = middle - 1;
+    }
+  }
+  return first;
+}
+
 struct TileRange {
   int first, end;
 };

@@ -1,5 +1,6 @@
-// What the compiler can prove: this file compiles, or a statement below is false. It is never run.
-// It is C++17 without torch, as kernels are, and so shows that the headers they share are too.
+// What the compiler can prove of layouts, configs and choices: this file compiles, or a statement
+// below is false. It is never run. schedule_tests.cpp says that all work is done once. Both are
+// C++17 without torch, as kernels are, and so show that the headers they share are too.
 #include <utility>
 
 #include "cuda/f32_kernels.h"
@@ -7,7 +8,6 @@
 #include "cuda/kernel_args.h"
 #include "cuda/smem_layout_f32.h"
 #include "cuda/split.h"
-#include "cuda/tile_order.h"
 #include "gemm_problem.h"
 #include "host_device.h"
 #include "philox.h"
@@ -210,92 +210,10 @@ constexpr bool fragments_hold() {
 }
 static_assert(fragments_hold(), "ldmatrix's results are in the order of mma's operands");
 
-constexpr bool schedule_holds(Layout layout, int tiles_m, int tiles_n) {
-  bool is_done[64] = {};
-  for (int tile = 0; tile < tiles_m * tiles_n; ++tile) {
-    const TileCoord c = tile_coord(layout, tile, tiles_m, tiles_n);
-    if (c.m >= tiles_m || c.n >= tiles_n || is_done[c.m * tiles_n + c.n]) return false;
-    is_done[c.m * tiles_n + c.n] = true;
-  }
-  return true;
-}
-static_assert(schedule_holds(Layout::kNT, 7, 3) && schedule_holds(Layout::kNN, 7, 3) &&
-                  schedule_holds(Layout::kTN, 1, 8) && schedule_holds(Layout::kTN, 8, 8),
-              "every tile is computed once");
-
-// Blocks that walk over the tiles of a problem: each tile once, in order; where a tile needs
-// another panel than the one before, it is its block's first or the first of its column.
-constexpr bool walk_holds(int tiles_m, int tiles_n, int num_blocks) {
-  const int num_tiles = tiles_m * tiles_n;
-  int next = 0;
-  for (int block = 0; block < num_blocks; ++block) {
-    const TileRange range = tile_range(num_tiles, num_blocks, block);
-    if (range.first != next || range.end <= range.first) return false;
-    if (range.end - range.first > ceil_div(num_tiles, num_blocks)) return false;
-    for (int tile = range.first + 1; tile < range.end; ++tile) {
-      const TileCoord before = tile_coord(Layout::kNN, tile - 1, tiles_m, tiles_n);
-      const TileCoord c = tile_coord(Layout::kNN, tile, tiles_m, tiles_n);
-      if ((c.n != before.n) != (c.m == 0)) return false;
-    }
-    next = range.end;
-  }
-  return next == num_tiles;
-}
-constexpr bool walks_hold() {
-  for (int tiles_m = 1; tiles_m <= 7; ++tiles_m) {
-    for (int tiles_n = 1; tiles_n <= 6; ++tiles_n) {
-      for (int blocks = 1; blocks <= tiles_m * tiles_n; ++blocks) {
-        if (!walk_holds(tiles_m, tiles_n, blocks)) return false;
-      }
-    }
-  }
-  return true;
-}
-static_assert(walks_hold(), "a walk covers every tile once and loads each panel it needs");
-
-// Segments of the given numbers of k blocks, split every way.
-constexpr bool splits_hold(int first, int second, int third) {
-  const int num_k[] = {first, second, third}, total = first + second + third;
-  for (int target = 1; target <= total + 1; ++target) {
-    const int splits = num_splits(total, target), k_per_split = even_k_per_split(total, target);
-    if (k_per_split > target || splits < 1) return false;
-    int is_done[48] = {};
-    for (int split = 0; split < splits; ++split) {
-      int count = 0;
-      for (int s = 0, first_k = 0; s < 3; first_k += num_k[s++]) {
-        const KRange range = split_range(split, k_per_split, first_k, num_k[s]);
-        for (int k = range.begin; k < range.end; ++k) {
-          if (is_done[first_k + k]++ > 0) return false;
-          ++count;
-        }
-      }
-      if (count == 0 && total > 0) return false;
-    }
-    for (int k = 0; k < total; ++k) {
-      if (is_done[k] == 0) return false;
-    }
-  }
-  return true;
-}
-constexpr bool splits_hold() {
-  for (int k = 0; k <= 48; ++k) {
-    if (!splits_hold(k, 0, 0)) return false;
-  }
-  for (int a = 0; a <= 7; ++a) {
-    for (int b = 0; b <= 7; ++b) {
-      if (!splits_hold(a, b, 3) || !splits_hold(a, 0, b)) return false;
-    }
-  }
-  return true;
-}
-static_assert(splits_hold(), "every k block is in one split, and no split is empty");
-static_assert(split_range(0, kUnsplit, 0, 5).end == 5 && split_range(0, kUnsplit, 40, 5).end == 5 &&
-                  split_range(0, kUnsplit, 40, 5).begin == 0,
-              "unsplit, all segments are one range");
-
 // Splits of M × N with a reduction over K, on a GPU of 132 SMs.
 constexpr int splits_of(Layout layout, int64_t M, int64_t N, int64_t K) {
-  const ConfigId id = select_config({layout, M, N, K, 1, false, false, false}, kLargeSmemBytes);
+  const ConfigId id =
+      select_config({layout, M, N, K, 1, false, false, false, false}, kLargeSmemBytes);
   const TileConfig tile = tile_config(id);
   const SplitWork work = {ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n),
                           static_cast<int32_t>(ceil_div(K, tile.block_k))};
@@ -322,28 +240,41 @@ constexpr bool configs_hold() {
 }
 static_assert(configs_hold(), "every config fits the shared memory it is chosen for");
 
-// What the kernel of a config takes for granted, for problems of every form and size.
-constexpr bool choice_holds(const ProblemShape& p, ConfigId id, int element_bytes, int smem_bytes) {
+// What plan.h chooses for 16-bit elements, and for fp32 ones that are multiplied in TF32.
+constexpr ConfigId chosen(const ProblemShape& p, int element_bytes, int smem_bytes) {
+  return element_bytes == 4 ? select_f32_config(p, false) : select_config(p, smem_bytes);
+}
+
+// What the kernel of a config takes for granted of a problem.
+constexpr bool serves(ConfigId id, const ProblemShape& p, bool has_dropout, int element_bytes,
+                      int smem_bytes) {
   const TileConfig c = tile_config(id);
   return c.layout == p.layout && c.smem_bytes() <= smem_bytes && is_for(id, smem_bytes) &&
-         c.scales_segments == p.scales_segments &&
-         (!c.walks || (p.num_segments == 1 && p.max_K <= c.block_k)) &&
-         c.element_bytes == element_bytes && !(is_merge(id) && p.has_row_dot) &&
-         (!p.has_dropout || has_dropout_kernel(id));
+         c.scales_segments == p.scales_segments && c.element_bytes == element_bytes &&
+         !c.splits_operands && (!c.walks || (p.num_segments == 1 && p.max_K <= c.block_k)) &&
+         !(is_merge(id) && (p.has_row_dot || p.has_dropout)) &&
+         (has_dropout ? has_dropout_kernel(id) : !p.has_dropout && has_plain_kernel(id));
 }
-constexpr bool choices_hold() {
+// For problems of every form and size, and in each GPU's memory.
+constexpr bool choice_holds(const ProblemShape& p, int element_bytes) {
+  for (const int smem_bytes : {kSmallSmemBytes, kLargeSmemBytes}) {
+    const ConfigId id = chosen(p, element_bytes, smem_bytes);
+    if (!serves(id, p, p.has_dropout, element_bytes, smem_bytes)) return false;
+  }
+  return true;
+}
+constexpr ProblemShape test_shape(Layout layout, int64_t M, int64_t N, int64_t K, int bits) {
+  return {layout,          M,         N, K, 1 + bits % 2, bits % 4 == 3, (bits & 4) != 0,
+          (bits & 8) != 0, bits >= 16};
+}
+constexpr bool choices_hold(int element_bytes) {
   const int64_t sizes[] = {1, 48, 80, 96, 128, 160, 161, 4096};
   for (const Layout layout : {Layout::kNN, Layout::kNT, Layout::kTN}) {
     for (const int64_t M : sizes) {
       for (const int64_t N : sizes) {
         for (const int64_t K : {0, 48, 80, 81, 161}) {
-          for (int bits = 0; bits < 16; ++bits) {
-            const ProblemShape p = {layout,          M,        N, K, 1 + bits % 2, bits % 4 == 3,
-                                    (bits & 4) != 0, bits >= 8};
-            for (const int smem : {kSmallSmemBytes, kLargeSmemBytes}) {
-              if (!choice_holds(p, select_config(p, smem), 2, smem)) return false;
-              if (!choice_holds(p, select_f32_config(p, false), 4, smem)) return false;
-            }
+          for (int bits = 0; bits < 32; ++bits) {
+            if (!choice_holds(test_shape(layout, M, N, K, bits), element_bytes)) return false;
           }
         }
       }
@@ -351,37 +282,78 @@ constexpr bool choices_hold() {
   }
   return true;
 }
-static_assert(choices_hold(), "a chosen config fits the GPU and the problem");
-static_assert(select_f32_config({Layout::kTN, 40, 24, 7, 1, false, false, false}, true) ==
-                      ConfigId::kF32Merge &&
-                  tile_config(ConfigId::kF32Merge).splits_operands &&
-                  tile_config(ConfigId::kF32Merge).layout == Layout::kTN,
-              "in full precision, operands are split");
+static_assert(choices_hold(2), "a chosen config fits the GPU and the problem");
+static_assert(choices_hold(4), "a config chosen for fp32 likewise");
 
-constexpr int arg_bytes_of(Layout layout, int64_t M, int64_t N, int64_t K, bool scales_segments) {
-  const ProblemShape p = {layout, M, N, K, scales_segments ? 2 : 1, scales_segments, false, false};
-  return arg_bytes(select_config(p, kLargeSmemBytes));
+// In full precision: TN problems of one segment without dropout.
+constexpr bool full_precision_holds() {
+  constexpr TileConfig c = tile_config(ConfigId::kF32Merge);
+  for (const int64_t size : {1, 39, 4096}) {
+    const ProblemShape p = {Layout::kTN, size, size, size, 1, false, true, false, false};
+    if (select_f32_config(p, true) != ConfigId::kF32Merge || can_share_kernel(p, p)) return false;
+  }
+  return c.splits_operands && c.layout == Layout::kTN && c.element_bytes == 4 &&
+         arg_bytes(ConfigId::kF32Merge) == kLargeArgBytes && has_plain_kernel(ConfigId::kF32Merge);
 }
-static_assert(arg_bytes_of(Layout::kNT, 4096, 40, 4096, false) == kSmallArgBytes &&
-                  arg_bytes_of(Layout::kNN, 4096, 4096, 156, false) == kSmallArgBytes &&
-                  arg_bytes_of(Layout::kTN, 156, 4096, 4096, false) == kSmallArgBytes &&
+static_assert(full_precision_holds(),
+              "in full precision, operands are split, and a launch is large");
+
+// Where problems share a kernel, it serves each of them.
+constexpr bool sharing_holds(const ProblemShape& a, const ProblemShape& b, int element_bytes) {
+  if (!can_share_kernel(a, b)) return true;
+  if (!can_share_kernel(b, a)) return false;
+  const ProblemShape both = widest(a, b);
+  for (const int smem_bytes : {kSmallSmemBytes, kLargeSmemBytes}) {
+    const ConfigId id = chosen(both, element_bytes, smem_bytes);
+    for (const ProblemShape& p : {a, b}) {
+      if (!serves(id, p, both.has_dropout, element_bytes, smem_bytes)) return false;
+    }
+  }
+  return true;
+}
+constexpr bool all_sharing_holds(int element_bytes) {
+  const int64_t sizes[] = {39, 156, 300};  // of the rank, be it M, N or K
+  for (const Layout layout : {Layout::kNN, Layout::kNT, Layout::kTN}) {
+    for (int i = 0; i < 9; ++i) {
+      for (int bits = 0; bits < 32 * 32; ++bits) {
+        const int64_t R = sizes[i / 3], S = sizes[i % 3];
+        const ProblemShape a = test_shape(layout, R, R, R, bits / 32);
+        const ProblemShape b = test_shape(layout, S, S, S, bits % 32);
+        if (!sharing_holds(a, b, element_bytes)) return false;
+      }
+    }
+  }
+  return true;
+}
+static_assert(all_sharing_holds(2), "a shared kernel computes each of its problems");
+static_assert(all_sharing_holds(4), "an fp32 kernel that is shared likewise");
+
+constexpr int arg_bytes_of(Layout layout, int64_t M, int64_t N, int64_t K,
+                           bool scales_segments = false, bool scales_k = false) {
+  const int segments = scales_segments ? 2 : 1;
+  return arg_bytes(select_config(
+      {layout, M, N, K, segments, scales_segments, scales_k, false, false}, kLargeSmemBytes));
+}
+static_assert(arg_bytes_of(Layout::kNT, 4096, 40, 4096) == kSmallArgBytes &&
+                  arg_bytes_of(Layout::kNN, 4096, 4096, 156) == kSmallArgBytes &&
+                  arg_bytes_of(Layout::kTN, 156, 4096, 4096) == kSmallArgBytes &&
                   arg_bytes(ConfigId::kReduce) == kSmallArgBytes,
               "a training step's launches copy few arguments");
-static_assert(arg_bytes_of(Layout::kTN, 4096, 4096, 40, false) == kLargeArgBytes &&
+static_assert(arg_bytes_of(Layout::kTN, 4096, 4096, 40, false, true) == kLargeArgBytes &&
                   arg_bytes_of(Layout::kTN, 128, 4096, 64, true) == kLargeArgBytes,
               "merges and pools of all layers share a launch");
 
 constexpr bool rank_fits_one_tile(int64_t R) {
   for (const int64_t long_axis : {128, 4096}) {
-    const TileConfig shrink = tile_config(
-        select_config({Layout::kNT, long_axis, R, 4096, 1, false, false, false}, kSmallSmemBytes));
-    const TileConfig wgrad = tile_config(
-        select_config({Layout::kTN, R, long_axis, 4096, 1, false, false, false}, kSmallSmemBytes));
+    const TileConfig shrink = tile_config(select_config(
+        {Layout::kNT, long_axis, R, 4096, 1, false, false, false, false}, kSmallSmemBytes));
+    const TileConfig wgrad = tile_config(select_config(
+        {Layout::kTN, R, long_axis, 4096, 1, false, false, false, false}, kSmallSmemBytes));
     if (shrink.block_n < R || wgrad.block_m < R) return false;
     const TileConfig f32_shrink = tile_config(
-        select_f32_config({Layout::kNT, long_axis, R, 4096, 1, false, false, false}, false));
+        select_f32_config({Layout::kNT, long_axis, R, 4096, 1, false, false, false, false}, false));
     const TileConfig f32_wgrad = tile_config(
-        select_f32_config({Layout::kTN, R, long_axis, 4096, 1, false, false, false}, false));
+        select_f32_config({Layout::kTN, R, long_axis, 4096, 1, false, false, false, false}, false));
     if (f32_shrink.block_n < R || f32_wgrad.block_m < R) return false;
   }
   return true;

@@ -227,20 +227,36 @@ def _walks(R: int, dtype: torch.dtype, smem_bytes: int = LARGE_SMEM) -> list[Gro
     ]
 
 
-def _wide_sums(dtype: torch.dtype) -> list[ProblemCase]:
-    """A merge of two deltas at once, and a wgrad of few features: tiles of their own."""
+def _merged_twice(dtype: torch.dtype) -> list[ProblemCase]:
+    """Two deltas at once."""
     m = Maker(dtype)
     first, second = merge(m, 200, 136, 39), merge(m, 200, 136, 14)
-    both = replace(first, segments=[*first.segments, *second.segments])
-    return [both, wgrad(m, 70, 72, 156, (True, True))]
+    return [replace(first, segments=[*first.segments, *second.segments])]
 
 
-def pool(rows: int, layers: int, dtype: torch.dtype) -> list[ProblemCase]:
+def backward_of_siblings(
+    R: int, features: tuple[int, ...], drops: bool, dtype: torch.dtype = BF16
+) -> list[ProblemCase]:
+    """dA of all layers that share x, with gaps between their ranks; dBt and dd of each."""
+    m, tokens, width = Maker(dtype), 100, _round_up(R)
+    rows = width * (len(features) - 1) + R
+    out: list[Tensor | int] = []
+    for i in range(len(features)):
+        out += [m.empty(n, 136) for n in RANKS[R] if n]
+        out += [width - R] if i + 1 < len(features) and width > R else []
+    g, x = m.matrix(tokens, rows), m.matrix(tokens, 136)
+    dA = ProblemCase(rows, 136, [SegmentCase([g], [x], tokens, scale_m=m.scale(rows))], out)
+    dBts = [dotted(m, wgrad(m, tokens, N, R, (True, True))) for N in features]
+    return [dropped(dA) if drops else dA, *dBts]
+
+
+def pool(rows: int, layers: int, dtype: torch.dtype, drops: bool = True) -> list[ProblemCase]:
     """dA_shared += Σ_layers d ∘ gᵀ · dropped x: a seed and gates for each layer, into fp32."""
     m = Maker(dtype, F32)
     case = segments(m, "TN", rows, 40, [16] * layers, True, F32)
     total = m.matrix(rows, 40, F32)
-    return [dropped(replace(case, C=[total], C_in=[total]))]
+    case = replace(case, C=[total], C_in=[total])
+    return [dropped(case) if drops else case]
 
 
 def continued(m: Maker, layout: str) -> list[ProblemCase]:
@@ -347,13 +363,20 @@ GROUPS: list[Group] = [
     *_segments(),
     Group("pool-30-layers", "TN", lambda: pool(30, 30, BF16), BF16, F32),
     Group("pool-32-layers-f16", "TN", lambda: pool(64, 32, F16), F16, F32),
+    Group("pool-plain", "TN", lambda: pool(30, 3, BF16, drops=False), BF16, F32),
+    Group("pool-R128", "TN", lambda: pool(128, 5, BF16), BF16, F32),
+    Group("pool-R128-plain-f16", "TN", lambda: pool(128, 3, F16, drops=False), F16, F32),
     Group("TN-continued", "TN", lambda: continued(Maker(), "TN")),
     Group("NN-continued", "NN", lambda: continued(Maker(), "NN")),
     *_walks(39, BF16),
     *_walks(78, F16),
     *(g for dtype in (BF16, F16) for s in (SMALL_SMEM, LARGE_SMEM) for g in _walks(156, dtype, s)),
-    Group("wide-sums", "TN", lambda: _wide_sums(BF16)),
-    Group("wide-sums-f16", "TN", lambda: _wide_sums(F16), F16, F16),
+    Group("merged-twice", "TN", lambda: _merged_twice(BF16)),
+    Group("merged-twice-f16", "TN", lambda: _merged_twice(F16), F16, F16),
+    Group("backward-R156", "TN", lambda: backward_of_siblings(156, (264,), False)),
+    Group("backward-R156-drop", "TN", lambda: backward_of_siblings(156, (72,), True)),
+    Group("backward-qkv-R39-drop", "TN", lambda: backward_of_siblings(39, (264, 72, 72), True)),
+    Group("backward-qkv-R78", "TN", lambda: backward_of_siblings(78, (136, 40, 40), False)),
     *forms("R156-tall", 156, 264, 264, Maker),
     *forms("R156-tall-f16", 156, 136, 136, lambda: Maker(F16)),
     *forms("R156-f32-adapter", 156, 136, 72, lambda: Maker(BF16, F32)),
@@ -373,4 +396,5 @@ GROUPS: list[Group] = [
     *splits(37, 520, 392, F16, drops=False),
     *splits(78, 712, 392, F16, drops=True),
     *splits(156, 904, 608, BF16, drops=False),
+    *splits(148, 904, 608, BF16, drops=True),
 ]

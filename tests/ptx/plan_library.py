@@ -49,7 +49,8 @@ class Config:
     walks: bool
     scales_segments: bool
     smem_bytes: int
-    has_dropout_kernel: bool
+    has_kernel: tuple[bool, bool]
+    """Without dropout, and with it."""
     element_bytes: int
     splits_operands: bool
 
@@ -92,9 +93,10 @@ def configs() -> tuple[Config, ...]:
     layouts = {number: name for name, number in LAYOUTS.items()}
     found = []
     for number in range(plan_library().num_configs()):
-        shape = (C.c_int * 13)()
+        shape = (C.c_int * 14)()
         plan_library().config_shape(number, shape)
-        layout, *blocks, walks, scales, smem, dropout, element_bytes, splits = shape
-        flags = (bool(walks), bool(scales), smem, bool(dropout), element_bytes, bool(splits))
-        found.append(Config(number, names[number], layouts[layout], *blocks, *flags))
+        layout, *blocks, walks, scales, smem, plain, dropout, element_bytes, splits = shape
+        flags = (bool(walks), bool(scales), smem, (bool(plain), bool(dropout)))
+        types = (element_bytes, bool(splits))
+        found.append(Config(number, names[number], layouts[layout], *blocks, *flags, *types))
     return tuple(found)

@@ -50,7 +50,7 @@ int64_t workspace_bytes() { return group_plan.workspace_bytes; }
 int num_configs() { return rasa::cuda::kNumConfigs; }
 
 // out: layout, block_m, block_n, block_k, warps_m, warps_n, stages, walks, scales_segments,
-// smem_bytes, has_dropout_kernel, element_bytes, splits_operands
+// smem_bytes, has_plain_kernel, has_dropout_kernel, element_bytes, splits_operands
 void config_shape(int id, int* out) {
   const auto config = static_cast<rasa::cuda::ConfigId>(id);
   const rasa::cuda::TileConfig c = rasa::cuda::tile_config(config);
@@ -64,10 +64,11 @@ void config_shape(int id, int* out) {
                         c.walks,
                         c.scales_segments,
                         c.smem_bytes(),
+                        rasa::cuda::has_plain_kernel(config),
                         rasa::cuda::has_dropout_kernel(config),
                         c.element_bytes,
                         c.splits_operands};
-  for (int k = 0; k < 13; ++k) out[k] = values[k];
+  for (int k = 0; k < 14; ++k) out[k] = values[k];
 }
 
 int args_size(int i) { return static_cast<int>(group_plan.launches[i].args.num_bytes()); }

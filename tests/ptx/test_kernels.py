@@ -18,13 +18,14 @@ from ptx.gemm_programs import (
     GROUPS,
     Group,
     Maker,
-    dotted,
+    backward_of_siblings,
     dropped,
     expand,
     merge,
     shrink,
     wgrad,
 )
+from ptx.plan_library import configs
 from ptx.planned_gemm import (
     CSRC,
     KERNELS,
@@ -137,7 +138,7 @@ def test_problems_that_fill_one_launch_continue_in_the_next(module: Module) -> N
     assert [launch.num_problems for launch in planned.launches] == [18, 18, 4]
 
 
-def test_problems_of_different_shapes_share_a_group(module: Module) -> None:
+def test_problems_of_different_forms_share_a_group(module: Module) -> None:
     """Two wgrads and a merge: one launch for each kernel, and nothing for what is empty."""
 
     def make() -> list[ProblemCase]:
@@ -149,16 +150,49 @@ def test_problems_of_different_shapes_share_a_group(module: Module) -> None:
     assert [launch.num_problems for launch in planned.launches] == [2, 1]
 
 
-def test_a_problem_without_dropout_joins_the_launch_of_one_with_it(module: Module) -> None:
-    """dA of dropped x, and dBt."""
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("features", [(40,), (72, 40), (72, 40, 40)])
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("R", [37, 39, 74, 78, 148, 156])
+def test_gradients_of_a_layer_and_of_siblings_take_one_launch_and_a_sum(
+    R: int, drops: bool, features: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """dA, and dBt of each layer, whose ranks are fewer; dd is summed over tiles of features."""
+    cases = backward_of_siblings(R, features, drops, dtype)
+    planned = plan(Group("", "TN", lambda: cases, dtype, dtype))
+    assert [launch.num_problems for launch in planned.launches] == [
+        1 + len(features),
+        len(features),
+    ]
+    assert planned.launches[0].has_dropout == drops
+
+
+def test_gradients_of_many_layers_keep_the_kernels_of_their_ranks() -> None:
+    """They fill launches anyway."""
 
     def make() -> list[ProblemCase]:
         m = Maker()
-        dA, dBt = (wgrad(m, 40, N, 39, (True, True)) for N in (72, 40))
-        return [dropped(dotted(m, dA)), dBt]
+        return [wgrad(m, 40, 72, (39, 156)[i % 2], (True, True)) for i in range(40)]
 
-    planned = run_and_check(module, Group("joined", "TN", make), ADVERSARIAL[2])
-    assert [launch.num_problems for launch in planned.launches] == [2, 1]
+    planned = plan(Group("", "TN", make))
+    names = [configs()[launch.config].name for launch in planned.launches]
+    assert set(names) == {"Wgrad48", "Wgrad160"} and names == sorted(names, key=len)
+    assert sum(launch.num_problems for launch in planned.launches) == 40
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("layout", ["NT", "NN"])
+def test_problems_of_unlike_ranks_share_the_kernel_of_the_widest(
+    module: Module, layout: str, dtype: torch.dtype
+) -> None:
+    """Siblings between which ranks moved."""
+
+    def make() -> list[ProblemCase]:
+        m, form = Maker(dtype), shrink if layout == "NT" else expand
+        return [form(m, 70, 72, R) for R in (39, 156, 7)]
+
+    planned = run_and_check(module, Group("", layout, make, dtype, dtype), ADVERSARIAL[2])
+    assert [launch.num_problems for launch in planned.launches] == [3]
 
 
 @pytest.mark.parametrize("layout", ["NT", "NN", "TN"])

@@ -101,7 +101,7 @@ def by_name(name: str) -> Config:
 
 @pytest.mark.skipif(find_nvcc() is None, reason=SKIP_REASON)
 def test_main_loops_copy_16_bytes_at_once_and_multiply_no_more_than_the_config_says() -> None:
-    names = ["Shrink40", "Shrink160Tall", "Expand48", "Wgrad160Wide", "Merge160Wide"]
+    names = ["Shrink40", "Shrink160Tall", "Expand48", "Wgrad160", "WgradScaled128", "Merge160Wide"]
     names += ["F32Shrink40", "F32Expand", "F32Wgrad160", "F32Merge"]
     kernels = [(by_name(name), False) for name in names]
     fatbin = compile_kernels(kernels, "sm_80")
