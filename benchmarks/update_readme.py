@@ -120,6 +120,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "l1ra": lambda: l1ra.loss_table(l1ra_runs()) + "\n\n" + l1ra.rank_table(l1ra_runs()),
     "finetune": lambda: finetune_quality.loss_table(finetune_runs()),
     "finetune-rates": lambda: finetune_quality.tuning_table(finetune_runs()),
+    "robustness": robustness_counts,
     "modelled-r8k1": lambda: roofline.modelled_table(read("modelled_r8k1_*.json")),
     "modelled-r32k4": lambda: roofline.modelled_table(read("modelled_r32k4_*.json")),
 }
