@@ -127,13 +127,13 @@ def loss_table(results: dict[str, dict[str, Any]]) -> str:
 
 def tuning_table(results: dict[str, dict[str, Any]]) -> str:
     """One row for each data set and method: the validation loss of each learning rate."""
-    header, rows = ["validation loss, seed 0"], []
-    for dataset, methods in results.items():
-        for method, result in methods.items():
-            header = [header[0], *(f"{run['lr']:g}" for run in result["tuning"])]
-            losses = [f"{run['validation']:.4f}" for run in result["tuning"]]
-            rows.append([f"{dataset} {method}", *losses])
-    return table(header, rows)
+    each = [(d, m, r["tuning"]) for d, methods in results.items() for m, r in methods.items()]
+    rates = sorted({run["lr"] for _, _, tuning in each for run in tuning})
+    rows = []
+    for dataset, method, tuning in each:
+        losses = {run["lr"]: f"{run['validation']:.4f}" for run in tuning}
+        rows.append([f"{dataset} {method}", *(losses.get(lr, "") for lr in rates)])
+    return table(["validation loss, seed 0", *(f"{lr:g}" for lr in rates)], rows)
 
 
 def save_plot(path: Path, results: dict[str, dict[str, Any]]) -> None:
