@@ -262,9 +262,11 @@ std::string failure_of(const Case& c, const Run& run, const NameKernelsFn& name_
           << ": " << c.form << " (M " << c.M << ", N " << c.N << ", K " << c.K.front()
           << (c.drops ? ", dropout" : "") << ") by " << name_kernels(run.program())
           << " has an error of " << error << ", allowed are " << allowed
-          << ". The ops refuse this dtype on this device in this process. `python -m rasa_ext` "
-             "runs every check: please report its output.";
-  if (products != Products::kFullPrecision) message << " float32 without TF32 uses no such kernel.";
+          << (scalar_type(products) == at::kFloat
+                  ? ". torch's own products compute it instead in this process"
+                  : ". The ops refuse this dtype on this device in this process; float32 does not "
+                    "use this kernel")
+          << ". `python -m rasa_ext` runs every check: please report its output.";
   return message.str();
 }
 
@@ -298,23 +300,28 @@ std::string find_failure(LaunchFn launch, const NameKernelsFn& name_kernels, Pro
 
 }  // namespace
 
-void FirstUse::check(Products products, at::Device device) {
-  if (is_checked(products, device)) return;
+std::string FirstUse::failure(Products products, at::Device device) {
+  if (is_checked(products, device)) return "";
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const std::lock_guard<std::mutex> lock(mutex_);
   const size_t key = slot(products, device);
-  if (passed_[key].load(std::memory_order_acquire)) return;
+  if (passed_[key].load(std::memory_order_acquire)) return "";
   auto found = failures_.find(key);
   if (found == failures_.end()) {
     std::string failure = find_failure(launch_, name_kernels_, products, device);
     if (failure.empty()) {
       passed_[key].store(true, std::memory_order_release);
-      return;
+      return "";
     }
     found = failures_.emplace(key, std::move(failure)).first;
   }
-  TORCH_CHECK(false, found->second);
+  return found->second;
+}
+
+void FirstUse::check(Products products, at::Device device) {
+  const std::string wrong = failure(products, device);
+  TORCH_CHECK(wrong.empty(), wrong);
 }
 
 void for_each_first_use_program(Products products,

@@ -4,7 +4,7 @@
 // first program of each kind of products on a device is preceded by small programs of every form,
 // whose results are compared with the same programs in float64 on the CPU. It costs some tenths of
 // a second once per process, device and kind. A launcher that fails stays refused for the life of
-// the process.
+// the process: without another way to compute it, that is an error.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -51,8 +51,11 @@ class FirstUse {
     return passed_[slot(products, device)].load(std::memory_order_acquire);
   }
 
-  // Throws unless every program comes out right. Waits for the device, and allocates: not for a
-  // stream that is being captured.
+  // What is wrong; "" if every program comes out right. Waits for the device, and allocates: not
+  // for a stream that is being captured.
+  std::string failure(Products products, at::Device device);
+
+  // Throws it.
   void check(Products products, at::Device device);
 
  private:

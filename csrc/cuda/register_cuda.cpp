@@ -103,27 +103,39 @@ bool allows_tf32() {
 #endif
 }
 
-void check_first_use(Products products, at::Device device) {
+// What the check of these products at their first use found wrong.
+std::string first_use_failure(Products products, at::Device device) {
   static FirstUse first_use(run_kernels, name_kernels);
-  if (first_use.is_checked(products, device)) return;
+  if (first_use.is_checked(products, device)) return "";
   cudaStreamCaptureStatus capture;
   C10_CUDA_CHECK(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(), &capture));
   TORCH_CHECK(capture == cudaStreamCaptureStatusNone,
               "rasa_ext: the kernels are checked at their first use on a device, which cannot be "
               "captured in a CUDA graph: run the ops once, in the dtype of the graph, before the "
               "capture");
-  first_use.check(products, device);
+  return first_use.failure(products, device);
+}
+
+// Whether the kernels compute it. Wrong ones are an error in 16 bits, where there is nothing else,
+// and a warning in float32, which the library computes too.
+bool uses_kernels(const Program& program, at::Device device) {
+  const bool is_f32 = program.dtype == DType::kF32;
+  if (program.dtype == DType::kF64 || (is_f32 && !has_f32_kernels(program, allows_tf32()))) {
+    return false;
+  }
+  const std::string failure = first_use_failure(products_of(program, is_f32), device);
+  TORCH_CHECK(is_f32 || failure.empty(), failure);
+  if (!failure.empty()) TORCH_WARN_ONCE(failure);
+  return failure.empty();
 }
 
 void launch_on_current_stream(const Program& program) {
   const at::Device device = current_device();
-  const bool is_f32 = program.dtype == DType::kF32;
-  if (program.dtype == DType::kF64 || (is_f32 && !has_f32_kernels(program, allows_tf32()))) {
+  if (uses_kernels(program, device)) {
+    run_kernels(program);
+  } else {
     library_gemm(program, device, draw_mask_on_current_stream);
-    return;
   }
-  check_first_use(products_of(program, is_f32), device);
-  run_kernels(program);
 }
 
 }  // namespace
