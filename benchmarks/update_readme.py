@@ -20,7 +20,7 @@ import reconstruction
 import roofline
 import scaling
 import tables
-from report import REPOSITORY, RESULTS, table
+from report import REPOSITORY, RESULTS
 
 DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "benchmarks" / "README.md")
 
@@ -97,15 +97,6 @@ def finetune_runs() -> dict[str, dict[str, Any]]:
     return finetune_quality.by_dataset(read("*_finetune_quality.json")["runs"])
 
 
-def robustness_counts() -> str:
-    """Return what was tried against the package, and what came of it."""
-    rows = []
-    for part, result in read("robustness.json")["results"].items():
-        counts = [f"{k} {v:,}" for k, v in result.items() if isinstance(v, int)]
-        rows.append([part, ", ".join(counts), result["verdict"]])
-    return table(["part", "tried", "verdict"], rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "step-summary": lambda: step_summary("*_step_8_layers.json"),
     "step": lambda: step_table("*_step_8_layers.json"),
@@ -120,7 +111,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "l1ra": lambda: l1ra.loss_table(l1ra_runs()) + "\n\n" + l1ra.rank_table(l1ra_runs()),
     "finetune": lambda: finetune_quality.loss_table(finetune_runs()),
     "finetune-rates": lambda: finetune_quality.tuning_table(finetune_runs()),
-    "robustness": robustness_counts,
     "modelled-r8k1": lambda: roofline.modelled_table(read("modelled_r8k1_*.json")),
     "modelled-r32k4": lambda: roofline.modelled_table(read("modelled_r32k4_*.json")),
 }

@@ -125,8 +125,9 @@ bool uses_kernels(const Program& program, at::Device device) {
   }
   const std::string failure = first_use_failure(products_of(program, is_f32), device);
   TORCH_CHECK(is_f32 || failure.empty(), failure);
-  if (!failure.empty()) TORCH_WARN_ONCE(failure);
-  return failure.empty();
+  if (failure.empty()) return true;
+  TORCH_WARN_ONCE(failure);
+  return false;
 }
 
 void launch_on_current_stream(const Program& program) {
