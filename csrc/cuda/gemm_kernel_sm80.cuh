@@ -49,6 +49,8 @@ class GemmTile {
   static constexpr bool kAByK = kTile.A_rows_are_k(), kBByK = kTile.B_rows_are_k();
   static constexpr Layout kLayout = kTile.layout;
   static constexpr bool kUnrolls = keeps_addresses(kId);
+  // The widest wgrad's dropout has no registers for masks of two k16 blocks at once.
+  static constexpr int kUnrolledK = kId == ConfigId::kWgrad160Drop ? 1 : kBlockK / 16;
   static constexpr bool kSplits = can_split(kLayout);
   // B is the smaller operand, but fp16 has no room for the product of two small factors, and Bt
   // starts from zero.
@@ -265,7 +267,7 @@ class GemmTile {
 
   __device__ void compute_stage(Accumulators& acc, int k) const {
     const uint32_t A = smem_address(A_stage(k)), B = smem_address(B_stage(k));
-#pragma unroll
+#pragma unroll(kUnrolledK)
     for (int kk = 0; kk < kBlockK / 16; ++kk) {
       Product(place()).multiply_k16(acc, A, B, kk, k * (kBlockK / 16) + kk);
     }

@@ -185,7 +185,7 @@ def _segments() -> list[Group]:
             m = Maker(dtype)
             shape = (70, 40) if dtype is BF16 else (39, 136)
             C_dtype = F32 if layout == "TN" else dtype
-            Ks = [200, 136, 8] if split else [40, 72, 8]
+            Ks = [400, 136, 8] if split else [40, 72, 8]
             case = segments(m, layout, *shape, Ks, scaled, C_dtype)
             return [dropped(case, one_seed=layout == "NN") if drops else case]
 
