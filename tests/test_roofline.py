@@ -58,7 +58,7 @@ def test_the_table_says_that_it_is_modelled(counters, tmp_path):
     command = [sys.executable, BENCHMARKS / "roofline.py", "--counters", counters, "--json", out]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     record = json.loads(out.read_text())
-    assert run.stdout.startswith("modelled, not measured")
+    assert run.stdout.startswith("Modelled, not measured")
     assert record["modelled"] is True
     assert len(record["rows"]) == len(gpu_model.DEVICES) * 4
     assert all(0 < row["frozen"] < row["rasa"] < row["lora"] for row in record["rows"])
