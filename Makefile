@@ -96,7 +96,8 @@ kernel-counters: $(STAMP)-dev
 	$(BIN)/python benchmarks/kernel_counters.py $(ARGS)
 
 TORCH_FREE := csrc/dropout_mask.h csrc/gemm_problem.h csrc/host_device.h csrc/philox.h \
-  csrc/cpu/draw_strip.h csrc/cpu/tile_ops.h csrc/cpu/tile_ops.cpp \
+  csrc/cpu/draw_strip.h csrc/cpu/tile_ops.h csrc/cpu/tile_ops.cpp csrc/cpu/bf16_gemm.h \
+  csrc/cpu/bf16_gemm.cpp \
   $(filter-out csrc/cuda/register_cuda.cpp,$(wildcard csrc/cuda/*))
 
 lint:

@@ -256,7 +256,7 @@ std::pair<std::vector<std::string>, std::vector<std::string>> first_use_kernels(
 PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &rasa::cpu::cpu_capability);
   m.def("micro_kernel_dtypes", &rasa::cpu::micro_kernel_dtypes);
-  m.def("set_portable", &rasa::cpu::set_portable, pybind11::arg("portable"));
+  m.def("set_micro_kernels", &rasa::cpu::set_micro_kernels, pybind11::arg("which"));
   m.def("set_cpu_launcher", &rasa::cpu::set_launcher, pybind11::arg("name"));
   m.def(
       "start_recording",

@@ -1,13 +1,13 @@
 """The compiled extension. Loading it registers torch.ops.rasa_ext; torch must be loaded first."""
 
 def cpu_capability() -> str:
-    """Which compilation of the tile loops this CPU runs: "baseline", "avx2" or "avx512"."""
+    """Which of our loops this CPU runs: "baseline", "avx2", "avx512" or "avx512_bf16"."""
 
 def micro_kernel_dtypes() -> str:
-    """Which dtypes multiply in the library's micro-kernels, as "float32,bfloat16"."""
+    """Which dtypes multiply in micro-kernels, as "float32,bfloat16"."""
 
-def set_portable(portable: bool) -> None:
-    """Run the portable loops for everything, as on a CPU without micro-kernels."""
+def set_micro_kernels(which: str) -> None:
+    """Multiply in all micro-kernels ("own"), in the library's ("library") or in none, for tests."""
 
 def set_cpu_launcher(name: str) -> None:
     """Run the CPU's programs by another launcher, for tests: csrc/cpu/launch.h names them."""

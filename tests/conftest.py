@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def runs(item: pytest.Item) -> bool:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        is_cpus_own = item.get_closest_marker("cpu") or params.get("micro_kernel") == "portable"
+        is_cpus_own = item.get_closest_marker("cpu") or params.get("micro_kernel", "own") != "own"
         return not (is_cpus_own and params.get("device", "cpu") != "cpu")
 
     config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
@@ -48,12 +48,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_default_device(None)
 
 
-@pytest.fixture(params=["library", "portable"])
+@pytest.fixture(params=["own", "library", "none"])
 def micro_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The library's micro-kernels, and the loops that serve where a CPU lacks them."""
-    rasa_ext._C.set_portable(request.param == "portable")
+    """Our micro-kernels, the library's, and the loops that serve where a CPU lacks both."""
+    rasa_ext._C.set_micro_kernels(request.param)
     yield request.param
-    rasa_ext._C.set_portable(False)
+    rasa_ext._C.set_micro_kernels("own")
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def cpu_launcher() -> Iterator[Callable[[str], None]]:
 @pytest.fixture(params=["tiles", "portable", "library"])
 def launcher(request: pytest.FixtureRequest, cpu_launcher: Callable[[str], None]) -> Iterator[str]:
     """The CPU backend, the same without micro-kernels, and torch's own ops in its place."""
-    rasa_ext._C.set_portable(request.param == "portable")
+    rasa_ext._C.set_micro_kernels("none" if request.param == "portable" else "own")
     cpu_launcher("library" if request.param == "library" else "tiles")
     yield request.param
-    rasa_ext._C.set_portable(False)
+    rasa_ext._C.set_micro_kernels("own")

@@ -55,10 +55,11 @@ def test_add_and_its_gradients_equal_the_authors_formula(case, dtypes, p, device
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("micro_kernels", ["library", "none"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_a_cpu_without_micro_kernels_computes_the_same_formula(case, dtypes):
-    rasa_ext._C.set_portable(True)
+def test_a_cpu_with_fewer_micro_kernels_computes_the_same_formula(case, dtypes, micro_kernels):
+    rasa_ext._C.set_micro_kernels(micro_kernels)
     try:
         compare_with_float64(
             lambda *t: rasa_linear(*t, p=0.3, seed=new_seed()),
@@ -67,7 +68,7 @@ def test_a_cpu_without_micro_kernels_computes_the_same_formula(case, dtypes):
             LINEAR_NAMES,
         )
     finally:
-        rasa_ext._C.set_portable(False)
+        rasa_ext._C.set_micro_kernels("own")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -224,6 +225,7 @@ def test_many_numbers_of_tokens_do_not_grow_the_process():
 
 @pytest.mark.cpu
 def test_switching_onednn_off_and_on_again():
+    rasa_ext._C.set_micro_kernels("library")
     inputs = add_inputs(CASE, torch.bfloat16, torch.bfloat16)
     y = rasa_add(*inputs)
     kernels = rasa_ext._C.micro_kernel_dtypes()

@@ -16,11 +16,11 @@ namespace {
 // multiplication, and drawing takes twice as long (80 against 40 us for 512 × 576 elements on one
 // core with AVX-512).
 #if defined(__AVX512F__)
-constexpr int kLanes = 8;
+constexpr int kLanes = 8, kVectors = 4;  // 32 registers hold the state of four
 #elif defined(__AVX2__)
-constexpr int kLanes = 4;
+constexpr int kLanes = 4, kVectors = 2;
 #else
-constexpr int kLanes = 2;
+constexpr int kLanes = 2, kVectors = 2;
 #endif
 typedef uint64_t Lanes __attribute__((vector_size(8 * kLanes)));
 
@@ -36,29 +36,50 @@ inline Lanes multiply_low_words(Lanes a, uint32_t b) {
 #endif
 }
 
-// All 32 lanes of one 16 × 16 block.
+inline Lanes numbers_from(int first) {
+  Lanes a = {};
+  for (int i = 0; i < kLanes; ++i) a[i] = first + i;
+  return a;
+}
+
+inline void store_low_words(Lanes a, uint32_t* words) {
+  typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+  const Words low = __builtin_convertvector(a, Words);
+  __builtin_memcpy(words, &low, sizeof(low));
+}
+
+// All 32 lanes of one 16 × 16 block. A round's products depend on the round before: kVectors side
+// by side hide their latency (with AVX-512 four draw a block in 31 ns, one after the other in 54).
 void draw_block(uint32_t key0, uint32_t key1, uint32_t m16, uint32_t c16, uint32_t (&word)[4][32]) {
-  for (int lane0 = 0; lane0 < 32; lane0 += kLanes) {
-    Lanes w0 = {}, w1 = {}, w2 = {}, w3 = {};
-    for (int i = 0; i < kLanes; ++i) w0[i] = lane0 + i;
-    w1 += m16;
-    w2 += c16;
+  for (int lane0 = 0; lane0 < 32; lane0 += kVectors * kLanes) {
+    Lanes w0[kVectors], w1[kVectors], w2[kVectors], w3[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      w0[v] = numbers_from(lane0 + v * kLanes);
+      w1[v] = Lanes{} + m16;
+      w2[v] = Lanes{} + c16;
+      w3[v] = Lanes{};
+    }
     uint32_t k0 = key0, k1 = key1;
+#pragma GCC unroll 7
     for (int round = 0; round < kPhiloxRounds; ++round) {
-      const Lanes p0 = multiply_low_words(w0, 0xD2511F53u);
-      const Lanes p1 = multiply_low_words(w2, 0xCD9E8D57u);
-      w0 = (p1 >> 32) ^ w1 ^ k0;
-      w1 = p1;
-      w2 = (p0 >> 32) ^ w3 ^ k1;
-      w3 = p0;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Lanes p0 = multiply_low_words(w0[v], 0xD2511F53u);
+        const Lanes p1 = multiply_low_words(w2[v], 0xCD9E8D57u);
+        w0[v] = (p1 >> 32) ^ w1[v] ^ k0;
+        w1[v] = p1;
+        w2[v] = (p0 >> 32) ^ w3[v] ^ k1;
+        w3[v] = p0;
+      }
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    for (int i = 0; i < kLanes; ++i) {
-      word[0][lane0 + i] = static_cast<uint32_t>(w0[i]);
-      word[1][lane0 + i] = static_cast<uint32_t>(w1[i]);
-      word[2][lane0 + i] = static_cast<uint32_t>(w2[i]);
-      word[3][lane0 + i] = static_cast<uint32_t>(w3[i]);
+    for (int v = 0; v < kVectors; ++v) {
+      const int lane = lane0 + v * kLanes;
+      store_low_words(w0[v], &word[0][lane]);
+      store_low_words(w1[v], &word[1][lane]);
+      store_low_words(w2[v], &word[2][lane]);
+      store_low_words(w3[v], &word[3][lane]);
     }
   }
 }

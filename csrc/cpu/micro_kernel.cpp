@@ -4,6 +4,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
+#include <c10/util/Exception.h>
 
 #include <array>
 #include <atomic>
@@ -12,7 +13,9 @@
 namespace rasa::cpu {
 namespace {
 
-std::atomic<bool> use_portable{false};
+enum class MicroKernels { kNone, kLibrary, kOwn };
+std::atomic<MicroKernels> allowed{MicroKernels::kOwn};
+bool use_portable() { return allowed == MicroKernels::kNone; }
 
 enum class Capability { kBaseline, kAvx2, kAvx512 };
 
@@ -35,7 +38,7 @@ Capability detect_capability() {
 
 Capability capability() {
   static const Capability detected = detect_capability();
-  return use_portable ? Capability::kBaseline : detected;
+  return use_portable() ? Capability::kBaseline : detected;
 }
 
 template <class T>
@@ -79,7 +82,7 @@ bool multiplies_right() {
 // The library's 16-bit kernels are oneDNN's, which a user may switch off and on again.
 template <class T>
 bool has_micro_kernel() {
-  if (use_portable || !at::globalContext().userEnabledMkldnn()) return false;
+  if (use_portable() || !at::globalContext().userEnabledMkldnn()) return false;
   static const bool right = multiplies_right<T>();
   return right;
 }
@@ -104,7 +107,7 @@ const TileOpsTable& tile_ops() {
 std::string cpu_capability() {
   switch (capability()) {
     case Capability::kAvx512:
-      return "avx512";
+      return own_bf16_gemm() != nullptr ? "avx512_bf16" : "avx512";
     case Capability::kAvx2:
       return "avx2";
     default:
@@ -113,17 +116,38 @@ std::string cpu_capability() {
 }
 
 std::string micro_kernel_dtypes() {
-  if (use_portable) return "";
-  return std::string("float32") + (has_micro_kernel<at::BFloat16>() ? ",bfloat16" : "") +
-         (has_micro_kernel<at::Half>() ? ",float16" : "");
+  if (use_portable()) return "";
+  const auto multiplies = [](DType dtype) { return compute_dtype(dtype) == dtype; };
+  return std::string("float32") + (multiplies(DType::kBF16) ? ",bfloat16" : "") +
+         (multiplies(DType::kF16) ? ",float16" : "");
 }
 
-void set_portable(bool portable) { use_portable = portable; }
+void set_micro_kernels(const std::string& which) {
+  if (which == "own") {
+    allowed = MicroKernels::kOwn;
+  } else if (which == "library") {
+    allowed = MicroKernels::kLibrary;
+  } else {
+    TORCH_CHECK(which == "none", "micro-kernels must be own, library or none, got ", which);
+    allowed = MicroKernels::kNone;
+  }
+}
+
+// A matrix unit (AMX) is left to the library: it multiplies faster than vectors can.
+const Bf16Gemm* own_bf16_gemm() {
+#if defined(RASA_HAS_AVX512_BF16)
+  static const bool serves = detect_capability() == Capability::kAvx512 &&
+                             __builtin_cpu_supports("avx512bf16") &&
+                             !__builtin_cpu_supports("amx-bf16");
+  if (serves && allowed == MicroKernels::kOwn) return &bf16_gemm();
+#endif
+  return nullptr;
+}
 
 DType compute_dtype(DType dtype) {
   switch (dtype) {
     case DType::kBF16:
-      return has_micro_kernel<at::BFloat16>() ? dtype : DType::kF32;
+      return own_bf16_gemm() != nullptr || has_micro_kernel<at::BFloat16>() ? dtype : DType::kF32;
     case DType::kF16:
       return has_micro_kernel<at::Half>() ? dtype : DType::kF32;
     default:
@@ -133,7 +157,7 @@ DType compute_dtype(DType dtype) {
 
 void tile_gemm(DType compute, int64_t M, int64_t N, int64_t K, const void* A, int64_t ldA,
                const void* B, int64_t ldB, void* C, int64_t ldC, bool add_C) {
-  if (compute == DType::kF64 || (compute == DType::kF32 && use_portable)) {
+  if (compute == DType::kF64 || (compute == DType::kF32 && use_portable())) {
     tile_ops().plain_gemm(compute, M, N, K, A, ldA, B, ldB, C, ldC, add_C);
     return;
   }

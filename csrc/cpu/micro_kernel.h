@@ -1,8 +1,10 @@
-// The GEMM of one tile, on the micro-kernels that PyTorch exports, and what this CPU can run.
+// The GEMM of one tile, on our products of bfloat16 or on the micro-kernels that PyTorch exports,
+// and what this CPU can run.
 #pragma once
 
 #include <string>
 
+#include "bf16_gemm.h"
 #include "tile_ops.h"
 
 namespace rasa::cpu {
@@ -10,15 +12,18 @@ namespace rasa::cpu {
 // The vector loops compiled for the best capability this CPU has.
 const TileOpsTable& tile_ops();
 
-// "baseline", "avx2" or "avx512": which vector loops run.
+// "baseline", "avx2", "avx512" or "avx512_bf16": which of our loops run.
 std::string cpu_capability();
 
-// Which dtypes multiply in the library's micro-kernels, e.g. "float32,bfloat16".
+// Which dtypes multiply in micro-kernels, e.g. "float32,bfloat16".
 std::string micro_kernel_dtypes();
 
-// Use the baseline loops and plain_gemm for everything, as on a CPU without any micro-kernel. For
-// tests.
-void set_portable(bool portable);
+// For tests: "own" (whatever the CPU has), "library" (without own_bf16_gemm), or "none" (the
+// baseline loops and plain_gemm for everything, as on a CPU without any micro-kernel).
+void set_micro_kernels(const std::string& which);
+
+// Our products of bfloat16, or nullptr where the library's or plain_gemm run.
+const Bf16Gemm* own_bf16_gemm();
 
 // The type in which elements of `dtype` are multiplied: itself where a micro-kernel takes it, else
 // F32 (F64 for F64).
@@ -32,8 +37,8 @@ constexpr DType acc_dtype(DType compute) {
 // k%2.
 constexpr bool pairs_rows_of_B(DType compute) { return element_size(compute) == 2; }
 
-// C (M,N) = A (M,K) · B (K,N) (+ C), accumulated in acc_dtype(compute). Strides in elements; ldB of
-// one row of k. The library compiles and keeps one kernel per (M, N, K, strides): pass few distinct
+// C (M,N) = A (M,K) · B (K,N) (+ C), accumulated in acc_dtype(compute), without own_bf16_gemm.
+// Strides in elements; ldB of one row of k. The library compiles and keeps one kernel per (M, N, K, strides): pass few distinct
 // ones (see largest_piece).
 void tile_gemm(DType compute, int64_t M, int64_t N, int64_t K, const void* A, int64_t ldA,
                const void* B, int64_t ldB, void* C, int64_t ldC, bool add_C);

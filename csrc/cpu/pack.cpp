@@ -6,14 +6,18 @@
 
 namespace rasa::cpu {
 
+static_assert(kTileDepth <= kMostColumns, "packing transposes tiles of the full depth");
+
 int64_t TileRunner::packed_ld(Layout layout, const Problem& p, const Segment& s) const {
   if (layout != Layout::kTN) return round_up(p.N, 16);
+  if (own_) return p.M;
   // Where the reduction is over ranks, blocks of the full depth would be mostly padding.
   return std::min<int64_t>(kWgradDepth, round_up(s.K, 16));
 }
 
 int64_t TileRunner::packed_bytes(Layout layout, const Problem& p, const Segment& s) const {
-  const int64_t rows = layout == Layout::kTN ? ceil_div(s.K, kWgradDepth) * p.M : round_up(s.K, 2);
+  const bool in_blocks = layout == Layout::kTN && !own_;
+  const int64_t rows = in_blocks ? ceil_div(s.K, kWgradDepth) * p.M : round_up(s.K, 2);
   return rows * packed_ld(layout, p, s) * compute_size();
 }
 
@@ -37,16 +41,17 @@ void TileRunner::pack(Layout layout, const Problem& p, const Segment& s, Packed 
   const int64_t row0 = job % num_groups * 16;
   const int64_t chunk = job / num_groups;
 
-  if (layout == Layout::kNN) {
+  if (layout == Layout::kNN || (layout == Layout::kTN && own_)) {
     const int64_t n0 = chunk * kTileColumns;
-    const int64_t cols = std::min<int64_t>(kTileColumns, p.N - n0);
+    const int64_t cols = layout == Layout::kTN ? p.M : std::min<int64_t>(kTileColumns, p.N - n0);
+    const void* scale_k = layout == Layout::kTN ? nullptr : s.scale_k;  // TN scales B
     for (int64_t k = row0; k < std::min<int64_t>(row0 + 16, s.K); k += pair) {
       const void* src[2] = {nullptr, nullptr};
       double scale[2] = {1, 1};
       for (int64_t h = 0; h < pair && k + h < s.K; ++h) {
         if (char* data = row(matrix, k + h)) {
           src[h] = data + n0 * size;
-          if (s.scale_k) scale[h] = load_scale(s.scale_k, k + h);
+          if (scale_k) scale[h] = load_scale(scale_k, k + h);
         }
       }
       char* dst = packed.data + (k * packed.ld + n0 * pair) * compute_size();

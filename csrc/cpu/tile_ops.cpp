@@ -115,6 +115,40 @@ inline C kept_or_zero(uint16_t draw, uint16_t threshold, C v) {
   }
 }
 
+// dst[i·ld + j] = src[j][i] for 16 rows of n 32-bit words.
+void transpose_words(const void* const* src, int64_t n, void* dst_, int64_t ld) {
+  uint32_t* dst = static_cast<uint32_t*>(dst_);
+  int64_t whole = 0;
+#if defined(__SSE2__)
+  // In squares of 4 × 4, which every compiler can load, shuffle and store; it makes gathers of the
+  // plain loop, which are ten times slower.
+  const auto row = [&](int j, int64_t i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(src[j]) + 4 * i));
+  };
+  whole = n / 4 * 4;
+  for (int64_t i = 0; i < whole; i += 4) {
+    for (int j = 0; j < 16; j += 4) {
+      const __m128i low01 = _mm_unpacklo_epi32(row(j, i), row(j + 1, i));
+      const __m128i low23 = _mm_unpacklo_epi32(row(j + 2, i), row(j + 3, i));
+      const __m128i high01 = _mm_unpackhi_epi32(row(j, i), row(j + 1, i));
+      const __m128i high23 = _mm_unpackhi_epi32(row(j + 2, i), row(j + 3, i));
+      const auto put = [&](int64_t k, __m128i v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + (i + k) * ld + j), v);
+      };
+      put(0, _mm_unpacklo_epi64(low01, low23));
+      put(1, _mm_unpackhi_epi64(low01, low23));
+      put(2, _mm_unpacklo_epi64(high01, high23));
+      put(3, _mm_unpackhi_epi64(high01, high23));
+    }
+  }
+#endif
+  for (int64_t i = whole; i < n; ++i) {
+    for (int j = 0; j < 16; ++j) {
+      __builtin_memcpy(dst + i * ld + j, static_cast<const char*>(src[j]) + 4 * i, 4);
+    }
+  }
+}
+
 template <class P, class C>
 struct Loops {
   using Acc = typename AccOf<C>::type;
@@ -176,37 +210,48 @@ struct Loops {
     }
   }
 
-  static void transpose(const void* const* src, int num_rows, int64_t cols, const void* scale_,
-                        void* dst_, int64_t ld_dst) {
-    C* __restrict__ dst = static_cast<C*>(dst_);
-    const Acc* scale = static_cast<const Acc*>(scale_);
-    for (int64_t c = 0; c < cols; ++c) {
-      C* out = dst + c * ld_dst;
-      for (int j = 0; j < num_rows; ++j) {
-        const P v = static_cast<const P*>(src[j])[c];
-        out[j] = scale ? narrow<C>(widen(v) * scale[c]) : convert<C>(v);
+  static void transpose(const void* const* src, int num_rows, int64_t cols, const void* scale,
+                        void* dst, int64_t ld_dst) {
+    C converted[16][kMostColumns];
+    const C* rows[16];
+    convert_rows(src, num_rows, cols, scale, converted, rows);
+    if constexpr (sizeof(C) == 4) {
+      transpose_words(reinterpret_cast<const void* const*>(rows), cols, dst, ld_dst);
+    } else {
+      for (int64_t c = 0; c < cols; ++c) {
+        for (int j = 0; j < 16; ++j) static_cast<C*>(dst)[c * ld_dst + j] = rows[j][c];
       }
-      for (int j = num_rows; j < 16; ++j) out[j] = C{};
     }
   }
 
   static void transpose_pairs(const void* const* src, int num_rows, int64_t cols,
-                              const void* scale_, void* dst_, int64_t ld_dst) {
+                              const void* scale, void* dst, int64_t ld_dst) {
     if constexpr (sizeof(C) == 2) {
-      uint32_t* __restrict__ dst = static_cast<uint32_t*>(dst_);
-      const Acc* scale = static_cast<const Acc*>(scale_);
-      for (int64_t c = 0; c < cols; c += 2) {
-        const bool has_second = c + 1 < cols;
-        const Acc f0 = scale ? scale[c] : Acc{1};
-        const Acc f1 = scale && has_second ? scale[c + 1] : Acc{1};
-        uint32_t* out = dst + c / 2 * ld_dst;
-        for (int j = 0; j < num_rows; ++j) {
-          const P* row = static_cast<const P*>(src[j]) + c;
-          const uint32_t low = narrow<C>(widen(row[0]) * f0).bits;
-          const uint32_t high = has_second ? narrow<C>(widen(row[1]) * f1).bits : 0u;
-          out[j] = low | (high << 16);
-        }
-        for (int j = num_rows; j < 16; ++j) out[j] = 0;
+      C converted[16][kMostColumns];
+      const C* rows[16];
+      convert_rows(src, num_rows, cols, scale, converted, rows);
+      transpose_words(reinterpret_cast<const void* const*>(rows), cols / 2, dst, ld_dst);
+      for (int j = 0; cols % 2 == 1 && j < 16; ++j) {
+        static_cast<uint32_t*>(dst)[cols / 2 * ld_dst + j] = rows[j][cols - 1].bits;
+      }
+    }
+  }
+
+  // 16 rows of C: the sources themselves, converted and scaled copies, or zeros.
+  static void convert_rows(const void* const* src, int num_rows, int64_t cols, const void* scale_,
+                           C (&converted)[16][kMostColumns], const C* (&rows)[16]) {
+    const Acc* scale = static_cast<const Acc*>(scale_);
+    for (int j = 0; j < 16; ++j) {
+      rows[j] = converted[j];
+      if (j >= num_rows) {
+        for (int64_t c = 0; c < cols; ++c) converted[j][c] = C{};
+      } else if (scale) {
+        const P* row = static_cast<const P*>(src[j]);
+        for (int64_t c = 0; c < cols; ++c) converted[j][c] = narrow<C>(widen(row[c]) * scale[c]);
+      } else if (is_same_type<P, C>) {
+        rows[j] = static_cast<const C*>(src[j]);
+      } else {
+        convert_row(src[j], 1, {}, converted[j], cols);
       }
     }
   }

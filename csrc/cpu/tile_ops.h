@@ -13,6 +13,8 @@ namespace rasa::cpu {
 
 constexpr int kDropoutBlock = 16;  // philox.h draws 16 × 16 elements at a time
 
+constexpr int kMostColumns = 256;  // of a transposition
+
 // Dropout of one row: draws (n), or draws == nullptr for none.
 struct RowMask {
   const uint16_t* draws = nullptr;
@@ -29,8 +31,8 @@ struct TileOps {
   void (*interleave_rows)(const void* const src[2], const double scale[2], const RowMask mask[2],
                           void* dst, int64_t n);
 
-  // dst[c·ld_dst + j] = src[j][c] · scale[c], for j < 16, c < cols; rows j ≥ num_rows read as
-  // zeros. scale, in the accumulator type, may be null.
+  // dst[c·ld_dst + j] = src[j][c] · scale[c], for j < 16, c < cols ≤ kMostColumns; rows
+  // j ≥ num_rows read as zeros. scale, in the accumulator type, may be null.
   void (*transpose)(const void* const* src, int num_rows, int64_t cols, const void* scale,
                     void* dst, int64_t ld_dst);
 

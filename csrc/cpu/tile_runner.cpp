@@ -14,6 +14,9 @@ namespace {
 constexpr int64_t kAccElements = std::max(kTileRows * kTileColumns, kWgradRows* kWgradColumns);
 constexpr int64_t kOperandElements = std::max(kTileRows * kTileDepth, kWgradDepth* kWgradColumns);
 constexpr int64_t kDrawsPerStrip = kDropoutBlock * std::max(kTileDepth, kTileColumns);
+// Columns of a rounded tile: its B of some 40 ranks and its draws stay in the L1 cache.
+constexpr int64_t kRoundedColumns = 96;
+static_assert(kTileRows * kRoundedColumns <= kDrawsPerStrip && kTileRows % kDropoutBlock == 0);
 static_assert(kTileDepth % kDropoutBlock == 0 && kTileColumns % kDropoutBlock == 0 &&
                   kWgradColumns % kDropoutBlock == 0 && kTileRows % kDropoutBlock == 0 &&
                   kWgradDepth % kDropoutBlock == 0,
@@ -30,6 +33,8 @@ DType product_dtype(const Program& program) {
 // A row stride of whole pages puts the same columns of all rows into the same few cache sets.
 constexpr int64_t kPageBytes = 4096;
 
+constexpr int64_t kRowsAhead = 8;
+
 }  // namespace
 
 TileRunner::TileRunner(const Program& program)
@@ -37,6 +42,7 @@ TileRunner::TileRunner(const Program& program)
       compute_(product_dtype(program)),
       acc_(acc_dtype(compute_)),
       pairs_(pairs_rows_of_B(compute_)),
+      own_(compute_ == DType::kBF16 ? own_bf16_gemm() : nullptr),
       table_(tile_ops()) {}
 
 int64_t TileRunner::scratch_bytes() {
@@ -178,8 +184,69 @@ TileRunner::Tile TileRunner::stream_rows(const Problem& p, const Segment& s, boo
   return {scratch.operand, kTileDepth};
 }
 
+void TileRunner::multiply_rows(int64_t rows, int64_t cols, int64_t depth, Tile a, Packed b,
+                               char* acc, int64_t ld_acc, bool add) const {
+  const int64_t pair = pairs_ ? 2 : 1;
+  if (own_) {
+    own_->sum(rows, cols, round_up(depth, pair), {a.data, 2 * a.ld, 4}, {b.data, b.ld},
+              {reinterpret_cast<float*>(acc), ld_acc, add});
+    return;
+  }
+  for (int64_t k = 0; k < depth; k += kChainLength) {
+    const int64_t chain = round_up(std::min<int64_t>(kChainLength, depth - k), pair);
+    for (int64_t m = 0; m < rows;) {
+      const int64_t piece = largest_piece(rows - m, kTileRows);
+      tile_gemm(compute_, piece, cols, chain, a.data + (m * a.ld + k) * compute_size(), a.ld,
+                b.data + k * b.ld * compute_size(), b.ld, acc + m * ld_acc * acc_size(), ld_acc,
+                add || k > 0);
+      m += piece;
+    }
+  }
+}
+
+bool TileRunner::rounds_at_once(Layout layout, const Problem& p) const {
+  const auto is_whole = [&](const Matrix& matrix) {
+    const Block& block = program_.blocks[matrix.first_block];
+    return matrix.num_blocks == 1 && matrix.dtype == DType::kBF16 && block.ptr &&
+           block.rows >= p.M;
+  };
+  if (!own_ || layout != Layout::kNN || p.num_segments != 1 || !is_whole(p.C)) return false;
+  const Segment& s = program_.segments[p.first_segment];
+  return s.K <= kTileDepth && !s.scale_m && (p.C_in.num_blocks == 0 || is_whole(p.C_in));
+}
+
+void TileRunner::rounded_tile(const Problem& p, Packed b, int64_t m0,
+                              const Scratch& scratch) const {
+  const int64_t rows = std::min<int64_t>(kTileRows, p.M - m0);
+  const Segment& s = program_.segments[p.first_segment];
+  const bool dropout = p.drop_threshold > 0;
+  const Tile a = stream_rows(p, s, false, m0, rows, 0, s.K, scratch);
+  for (int64_t n0 = 0; n0 < p.N; n0 += kRoundedColumns) {
+    const int64_t cols = std::min<int64_t>(kRoundedColumns, p.N - n0);
+    for (int64_t r = 0; dropout && r < rows; r += kDropoutBlock) {
+      table_.draw_strip(seed(s), (m0 + r) / kDropoutBlock, n0 / kDropoutBlock,
+                        ceil_div(cols, kDropoutBlock), scratch.draws + r * kRoundedColumns,
+                        kRoundedColumns);
+    }
+    RoundedOut out = {};
+    out.C = row(p.C, m0) + 2 * n0;
+    out.ld = program_.blocks[p.C.first_block].ld;
+    if (p.C_in.num_blocks > 0) {
+      out.c_in = row(p.C_in, m0) + 2 * n0;
+      out.ld_in = program_.blocks[p.C_in.first_block].ld;
+    }
+    out.scale = static_cast<float>(keep_scale(p.drop_threshold));
+    out.draws = dropout ? scratch.draws : nullptr;
+    out.ld_draws = kRoundedColumns;
+    out.drop_threshold = p.drop_threshold;
+    own_->rounded(rows, cols, round_up(s.K, 2), {a.data, 2 * a.ld, 4}, {b.data + 4 * n0, b.ld},
+                  out);
+  }
+}
+
 void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed, int64_t m0,
                           const Scratch& scratch) const {
+  if (rounds_at_once(layout, p)) return rounded_tile(p, packed[0], m0, scratch);
   const int64_t rows = std::min<int64_t>(kTileRows, p.M - m0);
   const int64_t pair = pairs_ ? 2 : 1;
   const bool has_dropout = p.drop_threshold > 0;
@@ -206,17 +273,8 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
       for (int64_t k0 = 0; k0 < s.K; k0 += kTileDepth) {
         const int64_t depth = std::min<int64_t>(kTileDepth, s.K - k0);
         const Tile a = stream_rows(p, s, drops_input, m0, rows, k0, depth, scratch);
-        for (int64_t k = 0; k < depth; k += kChainLength) {
-          const int64_t chain = round_up(std::min<int64_t>(kChainLength, depth - k), pair);
-          const char* b = packed[i].data + ((k0 + k) * packed[i].ld + n0 * pair) * compute_size();
-          for (int64_t m = 0; m < rows;) {
-            const int64_t piece = largest_piece(rows - m, kTileRows);
-            tile_gemm(compute_, piece, cols, chain, a.data + (m * a.ld + k) * compute_size(), a.ld,
-                      b, packed[i].ld, out + m * ld_acc * acc_size(), ld_acc,
-                      add_out || k0 + k > 0);
-            m += piece;
-          }
-        }
+        char* b = packed[i].data + (k0 * packed[i].ld + n0 * pair) * compute_size();
+        multiply_rows(rows, cols, depth, a, {b, packed[i].ld}, out, ld_acc, add_out || k0 > 0);
       }
     };
     sum_segments(p, rows, cols, m0, acc, ld_acc, add, scratch, multiply);
@@ -263,6 +321,9 @@ TileRunner::Tile TileRunner::stream_columns(const Problem& p, const Segment& s, 
     double scale[2] = {1, 1};
     RowMask mask[2];
     for (int64_t h = 0; h < pair; ++h) {
+      if (const char* ahead = row(s.B, k0 + k + h + kRowsAhead)) {
+        for (int64_t n = 0; n < cols * size; n += 64) __builtin_prefetch(ahead + n0 * size + n);
+      }
       const char* data = k + h < depth ? row(s.B, k0 + k + h) : nullptr;
       if (!data) continue;
       src[h] = data + n0 * size;
@@ -292,6 +353,11 @@ void TileRunner::wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, 
       const int64_t depth = std::min<int64_t>(kWgradDepth, s.K - k0);
       const Tile b = stream_columns(p, s, k0, depth, n0, cols, scratch);
       const int64_t ld = packed[i].ld;
+      if (own_) {
+        own_->sum(rows, cols, round_up(depth, 2), {packed[i].data + 2 * k0 * ld + 4 * m0, 4, 4 * ld},
+                  {b.data, b.ld}, {reinterpret_cast<float*>(out), kWgradColumns, add || k0 > 0});
+        continue;
+      }
       const char* a = packed[i].data + (k0 / kWgradDepth * p.M + m0) * ld * compute_size();
       // A converted tile is zero up to a multiple of 16 tokens, as packed A is; one read in place
       // ends where it ends.

@@ -2,7 +2,7 @@
 // epilogue.
 //
 // In every form one operand is small, the ranks: it is packed once per call into the layout of the
-// micro-kernels. The other is as long as the batch: it streams through in tiles, in place where the
+// products. The other is as long as the batch: it streams through in tiles, in place where the
 // micro-kernel can read it and converted tile by tile in cache where it cannot (dropout, another
 // dtype, rows in pairs).
 #pragma once
@@ -27,9 +27,10 @@ constexpr int64_t kWgradDepth = 128;
 // What a row without memory reads as, in any type.
 alignas(64) inline constexpr char kZeroRow[8 * kTileDepth] = {};
 
-// The small operand of one segment, packed: B (K,N) in NT and NN; in TN op(A) in blocks (M,
-// kWgradDepth), one after the other, less deep only where K is shorter: a row stride of K would
-// make new micro-kernels for every number of tokens, and the library keeps them all.
+// The small operand of one segment, packed: B (K,N) in NT and NN; in TN A (K,M) with its rows in
+// pairs for bf16_gemm.h, else op(A) in blocks (M, kWgradDepth), one after the other, less deep only
+// where K is shorter: a row stride of K would make new micro-kernels for every number of tokens,
+// and the library keeps them all.
 struct Packed {
   char* data;
   int64_t ld;
@@ -97,12 +98,19 @@ class TileRunner {
   void sum_segments(const Problem& p, int64_t rows, int64_t cols, int64_t m0, char* acc,
                     int64_t ld_acc, bool add, const Scratch& scratch, Multiply multiply) const;
   double row_scale(const Problem& p, int64_t m) const;
+  // acc (rows, cols) = a (rows, depth) · b (depth, cols) (+ acc) of a row tile; b is packed.
+  void multiply_rows(int64_t rows, int64_t cols, int64_t depth, Tile a, Packed b, char* acc,
+                     int64_t ld_acc, bool add) const;
+  // Whether an NN problem's products can be rounded into C as they are summed.
+  bool rounds_at_once(Layout layout, const Problem& p) const;
+  void rounded_tile(const Problem& p, Packed b, int64_t m0, const Scratch& scratch) const;
   // C itself can be the accumulator: same type, and nothing is left to do to the sum.
   bool accumulates_in_place(const Problem& p, bool dropout) const;
 
   const Program& program_;
   DType compute_, acc_;
   bool pairs_;
+  const Bf16Gemm* own_;  // nullptr: tile_gemm multiplies
   const TileOpsTable& table_;
 };
 
