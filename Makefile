@@ -75,6 +75,7 @@ bench-quick: $(STAMP)-bench
 bench: $(STAMP)-bench
 	$(BIN)/python benchmarks/bench.py step --quick
 	$(BIN)/python benchmarks/bench.py step --full
+	$(BIN)/python benchmarks/bench.py parts
 	$(BIN)/python benchmarks/bench.py layer --suite
 	$(BIN)/python benchmarks/bench.py merge
 	$(BIN)/python benchmarks/scaling.py

@@ -7,6 +7,7 @@ published it and under torch.compile.
     python benchmarks/bench.py layer                            # single linears, for kernel tuning
     python benchmarks/bench.py layer --shape 512,576,1536 --dtype bf16 --dropout 0
     python benchmarks/bench.py merge                            # all updates into the weights
+    python benchmarks/bench.py parts                            # what dropout, siblings … cost
 
 Peers run interleaved; ratios are medians (min-max) of per-round quotients.
 """
@@ -20,12 +21,13 @@ from pathlib import Path
 
 import layer
 import merge
+import parts
 import peak_memory
 import step
 import torch
 from peers import PEERS, Adapter
 from report import heading, results_path, write_json
-from tables import figures_table, layer_table, merge_table, step_table
+from tables import figures_table, layer_table, merge_table, parts_table, step_table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The four distinct linears of SmolLM2-135M at 4x128 tokens: q and o, k and v, gate and up, down.
@@ -144,6 +146,18 @@ def run_merge(args: argparse.Namespace) -> None:
     write_json(path, {"subject": "merge", **settings}, {"results": results})
 
 
+def run_parts(args: argparse.Namespace) -> None:
+    """Time two siblings with parts of rasa_ext left out, and print one row for each variant."""
+    results = [parts.measure(DTYPES[dtype], args.dropout, args.rounds) for dtype in args.dtype]
+    shape = {name: getattr(parts, name) for name in ("M", "K", "N", "LAYERS", "RP", "RS")}
+    settings = {"dropout": args.dropout, "rounds": args.rounds, **shape}
+    print(heading())
+    print("forward + backward of siblings; median (min-max);", describe(settings))
+    print(parts_table(results))
+    path = args.json or results_path("parts")
+    write_json(path, {"subject": "parts", **settings}, {"results": results})
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every subcommand."""
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -211,6 +225,14 @@ def main() -> None:
         "--json", type=Path, help="default: a file of this machine in results/"
     )
     whole_model.set_defaults(run=run_merge, device="cpu")
+
+    siblings = commands.add_parser("parts", help="time siblings with parts of rasa_ext left out")
+    siblings.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    siblings.add_argument("--dropout", type=float, default=0.05)
+    siblings.add_argument("--rounds", type=int, default=25)
+    siblings.add_argument("--threads", type=int, default=None, help="torch's threads")
+    siblings.add_argument("--json", type=Path, help="default: a file of this machine in results/")
+    siblings.set_defaults(run=run_parts, device="cpu")
 
     args = parser.parse_args()
     if args.threads:

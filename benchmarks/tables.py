@@ -46,6 +46,20 @@ def merge_table(results: list[dict[str, Any]]) -> str:
     return table(["peer", "dtype", "ms", "/ formula"], rows)
 
 
+def parts_table(results: list[dict[str, Any]]) -> str:
+    """One row for each variant, with the time and the quotient of each dtype."""
+    header = ["variant"]
+    rows = {name: [name] for name in results[0]["seconds"]}
+    flops = ["flops alone"]
+    for result in results:
+        header += [f"{result['dtype']}, ms", "/ frozen"]
+        for name, row in rows.items():
+            ratio = spread(result["over_frozen"][name]) if name != "frozen" else "1"
+            row += [spread(result["seconds"][name], 2, 1e-3), ratio]
+        flops += ["", f"{result['flops_over_frozen']:.2f}"]
+    return table(header, [*rows.values(), flops])
+
+
 def step_table(results: dict[str, Any], memory_dropout: float) -> str:
     """One row for each dtype and peer; memory was measured with one dropout only."""
     rows = []

@@ -73,6 +73,12 @@ def merge_times() -> str:
     return origin(record) + tables.merge_table(record["results"])
 
 
+def parts_times() -> str:
+    """Return the times of siblings with parts of rasa_ext left out."""
+    record = read("*_parts.json")
+    return origin(record) + tables.parts_table(record["results"])
+
+
 def growth() -> str:
     """Return how time and memory grow."""
     record = read("*_scaling.json")
@@ -103,6 +109,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-figures": lambda: step_figures("*_step_8_layers.json"),
     "step-full": lambda: step_table("*_step_30_layers.json"),
     "step-full-figures": lambda: step_figures("*_step_30_layers.json"),
+    "parts": parts_times,
     "layers": layer_summary,
     "merge": merge_times,
     "scaling": growth,

@@ -38,8 +38,8 @@ constexpr DType acc_dtype(DType compute) {
 constexpr bool pairs_rows_of_B(DType compute) { return element_size(compute) == 2; }
 
 // C (M,N) = A (M,K) · B (K,N) (+ C), accumulated in acc_dtype(compute), without own_bf16_gemm.
-// Strides in elements; ldB of one row of k. The library compiles and keeps one kernel per (M, N, K, strides): pass few distinct
-// ones (see largest_piece).
+// Strides in elements; ldB of one row of k. The library compiles and keeps one kernel per (M, N, K,
+// strides): pass few distinct ones (see largest_piece).
 void tile_gemm(DType compute, int64_t M, int64_t N, int64_t K, const void* A, int64_t ldA,
                const void* B, int64_t ldB, void* C, int64_t ldC, bool add_C);
 

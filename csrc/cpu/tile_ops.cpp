@@ -123,7 +123,8 @@ void transpose_words(const void* const* src, int64_t n, void* dst_, int64_t ld) 
   // In squares of 4 × 4, which every compiler can load, shuffle and store; it makes gathers of the
   // plain loop, which are ten times slower.
   const auto row = [&](int j, int64_t i) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(src[j]) + 4 * i));
+    return _mm_loadu_si128(
+        reinterpret_cast<const __m128i*>(static_cast<const char*>(src[j]) + 4 * i));
   };
   whole = n / 4 * 4;
   for (int64_t i = 0; i < whole; i += 4) {
@@ -224,8 +225,8 @@ struct Loops {
     }
   }
 
-  static void transpose_pairs(const void* const* src, int num_rows, int64_t cols,
-                              const void* scale, void* dst, int64_t ld_dst) {
+  static void transpose_pairs(const void* const* src, int num_rows, int64_t cols, const void* scale,
+                              void* dst, int64_t ld_dst) {
     if constexpr (sizeof(C) == 2) {
       C converted[16][kMostColumns];
       const C* rows[16];

@@ -207,8 +207,7 @@ void TileRunner::multiply_rows(int64_t rows, int64_t cols, int64_t depth, Tile a
 bool TileRunner::rounds_at_once(Layout layout, const Problem& p) const {
   const auto is_whole = [&](const Matrix& matrix) {
     const Block& block = program_.blocks[matrix.first_block];
-    return matrix.num_blocks == 1 && matrix.dtype == DType::kBF16 && block.ptr &&
-           block.rows >= p.M;
+    return matrix.num_blocks == 1 && matrix.dtype == DType::kBF16 && block.ptr && block.rows >= p.M;
   };
   if (!own_ || layout != Layout::kNN || p.num_segments != 1 || !is_whole(p.C)) return false;
   const Segment& s = program_.segments[p.first_segment];
@@ -354,8 +353,9 @@ void TileRunner::wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, 
       const Tile b = stream_columns(p, s, k0, depth, n0, cols, scratch);
       const int64_t ld = packed[i].ld;
       if (own_) {
-        own_->sum(rows, cols, round_up(depth, 2), {packed[i].data + 2 * k0 * ld + 4 * m0, 4, 4 * ld},
-                  {b.data, b.ld}, {reinterpret_cast<float*>(out), kWgradColumns, add || k0 > 0});
+        own_->sum(rows, cols, round_up(depth, 2),
+                  {packed[i].data + 2 * k0 * ld + 4 * m0, 4, 4 * ld}, {b.data, b.ld},
+                  {reinterpret_cast<float*>(out), kWgradColumns, add || k0 > 0});
         continue;
       }
       const char* a = packed[i].data + (k0 / kWgradDepth * p.M + m0) * ld * compute_size();
