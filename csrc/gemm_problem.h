@@ -23,8 +23,9 @@
 // Rounding: operands are rounded to Program::dtype or to a wider type (once; scale_k is applied
 // before, to A, or to B where the type's exponent has room for the product: not in fp16); products
 // are summed in fp32 (fp64 for F64); the factor of kept elements is applied to that sum, C_in is
-// added to it, and C is rounded once. Where torch lets a backend multiply float32 in TF32, it may
-// round the operands of an F32 program to that, unless the program is_full_precision.
+// added to it, and C is rounded once. A backend may take subnormal numbers for zeros. Where torch
+// lets a backend multiply float32 in TF32, it may round the operands of an F32 program to that,
+// unless the program is_full_precision.
 //
 // A program is a list of groups that run in order. A row of an NT or NN result may depend on the
 // same row, and on no other, of an earlier NT or NN result, so a backend may run all of them row

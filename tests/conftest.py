@@ -31,6 +31,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if runs(item)]
 
 
+def pytest_report_header() -> str:
+    """Name the loops that this CPU runs: without AVX512-BF16, our micro-kernels do not."""
+    return f"rasa_ext: {rasa_ext._C.cpu_capability()} on this CPU"
+
+
 @pytest.fixture(autouse=True)
 def nan_filled_allocations() -> Iterator[None]:
     """Deterministic mode fills torch.empty with NaN: an element nobody wrote fails."""
@@ -63,10 +68,10 @@ def cpu_launcher() -> Iterator[Callable[[str], None]]:
     rasa_ext._C.set_cpu_launcher("tiles")
 
 
-@pytest.fixture(params=["tiles", "portable", "library"])
+@pytest.fixture(params=["own", "library", "none", "torch"])
 def launcher(request: pytest.FixtureRequest, cpu_launcher: Callable[[str], None]) -> Iterator[str]:
-    """The CPU backend, the same without micro-kernels, and torch's own ops in its place."""
-    rasa_ext._C.set_micro_kernels("none" if request.param == "portable" else "own")
-    cpu_launcher("library" if request.param == "library" else "tiles")
+    """The CPU backend with each kind of micro-kernels, and torch's own ops in its place."""
+    rasa_ext._C.set_micro_kernels("own" if request.param == "torch" else request.param)
+    cpu_launcher("library" if request.param == "torch" else "tiles")
     yield request.param
     rasa_ext._C.set_micro_kernels("own")

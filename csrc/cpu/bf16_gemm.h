@@ -3,7 +3,8 @@
 //
 // The library's micro-kernels are made for large tiles: with a reduction of some 40 ranks, or 40
 // columns, they run at 60 % of its rate, and leave the sum in memory for another pass. These keep
-// 8 × 48 accumulators in registers, and end with what the sum is for.
+// 8 × 48 accumulators in registers, and end with what the sum is for. As in every product by these
+// instructions, subnormal operands and sums count as zeros.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,7 @@ struct SumOut {
   bool adds;  // C += A·B, else C = A·B
 };
 
-// C (M,N) = c_in + keep ∘ (A·B) · scale, rounded to bfloat16; subnormal results are zero.
+// C (M,N) = c_in + keep ∘ (A·B) · scale, rounded to bfloat16; a subnormal result is zero.
 struct RoundedOut {
   void* C;
   int64_t ld;

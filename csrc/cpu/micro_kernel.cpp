@@ -133,13 +133,15 @@ void set_micro_kernels(const std::string& which) {
   }
 }
 
-// A matrix unit (AMX) is left to the library: it multiplies faster than vectors can.
 const Bf16Gemm* own_bf16_gemm() {
 #if defined(RASA_HAS_AVX512_BF16)
-  static const bool serves = detect_capability() == Capability::kAvx512 &&
-                             __builtin_cpu_supports("avx512bf16") &&
-                             !__builtin_cpu_supports("amx-bf16");
-  if (serves && allowed == MicroKernels::kOwn) return &bf16_gemm();
+  static const bool serves =
+      detect_capability() == Capability::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool has_matrix_unit = __builtin_cpu_supports("amx-bf16");  // the library uses it
+  if (serves && allowed == MicroKernels::kOwn &&
+      !(has_matrix_unit && has_micro_kernel<at::BFloat16>())) {
+    return &bf16_gemm();
+  }
 #endif
   return nullptr;
 }

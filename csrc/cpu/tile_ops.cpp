@@ -214,13 +214,14 @@ struct Loops {
   static void transpose(const void* const* src, int num_rows, int64_t cols, const void* scale,
                         void* dst, int64_t ld_dst) {
     C converted[16][kMostColumns];
-    const C* rows[16];
+    const void* rows[16];
     convert_rows(src, num_rows, cols, scale, converted, rows);
     if constexpr (sizeof(C) == 4) {
-      transpose_words(reinterpret_cast<const void* const*>(rows), cols, dst, ld_dst);
+      transpose_words(rows, cols, dst, ld_dst);
     } else {
       for (int64_t c = 0; c < cols; ++c) {
-        for (int j = 0; j < 16; ++j) static_cast<C*>(dst)[c * ld_dst + j] = rows[j][c];
+        for (int j = 0; j < 16; ++j)
+          static_cast<C*>(dst)[c * ld_dst + j] = static_cast<const C*>(rows[j])[c];
       }
     }
   }
@@ -229,18 +230,19 @@ struct Loops {
                               void* dst, int64_t ld_dst) {
     if constexpr (sizeof(C) == 2) {
       C converted[16][kMostColumns];
-      const C* rows[16];
+      const void* rows[16];
       convert_rows(src, num_rows, cols, scale, converted, rows);
-      transpose_words(reinterpret_cast<const void* const*>(rows), cols / 2, dst, ld_dst);
+      transpose_words(rows, cols / 2, dst, ld_dst);
       for (int j = 0; cols % 2 == 1 && j < 16; ++j) {
-        static_cast<uint32_t*>(dst)[cols / 2 * ld_dst + j] = rows[j][cols - 1].bits;
+        static_cast<uint32_t*>(dst)[cols / 2 * ld_dst + j] =
+            static_cast<const C*>(rows[j])[cols - 1].bits;
       }
     }
   }
 
   // 16 rows of C: the sources themselves, converted and scaled copies, or zeros.
   static void convert_rows(const void* const* src, int num_rows, int64_t cols, const void* scale_,
-                           C (&converted)[16][kMostColumns], const C* (&rows)[16]) {
+                           C (&converted)[16][kMostColumns], const void* (&rows)[16]) {
     const Acc* scale = static_cast<const Acc*>(scale_);
     for (int j = 0; j < 16; ++j) {
       rows[j] = converted[j];
@@ -250,7 +252,7 @@ struct Loops {
         const P* row = static_cast<const P*>(src[j]);
         for (int64_t c = 0; c < cols; ++c) converted[j][c] = narrow<C>(widen(row[c]) * scale[c]);
       } else if (is_same_type<P, C>) {
-        rows[j] = static_cast<const C*>(src[j]);
+        rows[j] = src[j];
       } else {
         convert_row(src[j], 1, {}, converted[j], cols);
       }

@@ -16,8 +16,8 @@ namespace rasa::cpu {
 // ranks of a wgrad tile keep the accumulators of one micro-kernel call in registers.
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kTileDepth = 256;
-// The longest chain of fp32 additions over features: a sum of short chains rounds less than one
-// long chain would. 64 costs 1 % of the shrink's time.
+// The longest chain of fp32 additions over features in the library's micro-kernels: a sum of short
+// chains rounds less than one long chain would. 64 costs 1 % of the shrink's time.
 constexpr int64_t kChainLength = 64;
 constexpr int64_t kTileColumns = 512;
 constexpr int64_t kWgradRows = 256;
@@ -41,7 +41,7 @@ struct Scratch {
   char* operand;      // the converted tile of the streamed operand
   char* acc;          // accumulators of the tile
   char* segment_acc;  // accumulators of one segment, where segments have their own scale_m
-  uint16_t* draws;    // 16 rows of dropout draws
+  uint16_t* draws;    // of dropout: 16 rows of a tile, or all of a rounded tile
 };
 
 class TileRunner {
