@@ -34,7 +34,7 @@ struct Case {
   bool drops = false;
   bool scales_k = false;
   bool scales_m = false;
-  bool dots = false;
+  bool has_diagonal = false;  // beside it, as dd beside dBt
   bool has_f32_ranks = false;
   bool has_gap = false;  // in B, as between the ranks of layers that share x
 };
@@ -50,7 +50,7 @@ std::vector<Case> all_cases() {
       cases.back().scales_k = true;
       cases.push_back({.form = "wgrad", .layout = Layout::kTN, .M = R, .N = 136, .K = {328}});
       cases.back().drops = drops;
-      cases.back().scales_m = cases.back().dots = true;
+      cases.back().scales_m = cases.back().has_diagonal = true;
     }
   }
   // The widest rank beside few tokens, whose tiles are smaller; a sum of unscaled segments.
@@ -97,7 +97,7 @@ struct SegmentInputs {
 };
 struct Inputs {
   std::vector<SegmentInputs> segments;
-  Tensor C_in, row_dot_with, seed;
+  Tensor C_in, diagonal_B, seed;
 };
 
 // Dtypes of a run: of most operands, and of what belongs to the adapter.
@@ -141,7 +141,7 @@ Inputs make_inputs(const Case& c, const Types& types) {
     in.segments.push_back(std::move(s));
   }
   if (c.layout == Layout::kNN || c.K.size() > 1) in.C_in = normal({c.M, c.N}, C_type);
-  if (c.dots) in.row_dot_with = normal({c.M, c.N}, types.adapter);
+  if (c.has_diagonal) in.diagonal_B = normal({c.K.front(), c.M}, types.main);
   in.seed = at::full({1}, kSeed, at::TensorOptions(at::kCPU).dtype(at::kLong));
   return in;
 }
@@ -185,11 +185,6 @@ class Run {
     if (in.C_in.defined()) {
       p.C_in = builder_.matrix(keep(at::constant_pad_nd(in.C_in, {0, N - c.N}), C_type));
     }
-    if (c.dots) {
-      results_.push_back(at::full({c.M}, nan, at::TensorOptions(device).dtype(types.adapter)));
-      p.row_dot = results_[1].mutable_data_ptr();
-      p.row_dot_with = stack(keep(in.row_dot_with, types.adapter));
-    }
     const Tensor seed = keep(in.seed, at::kLong);
     for (const SegmentInputs& s : in.segments) {
       const Tensor A = keep(s.A, types.main), B = keep(s.B, B_type);
@@ -199,6 +194,12 @@ class Run {
       if (s.scale_k.defined()) segment.scale_k = keep(s.scale_k, types.adapter).const_data_ptr();
       if (s.scale_m.defined()) segment.scale_m = keep(s.scale_m, types.adapter).const_data_ptr();
       if (c.drops) builder_.drop(seed.const_data_ptr<int64_t>(), drop_threshold(kDropout));
+    }
+    if (c.has_diagonal) {
+      results_.push_back(at::full({c.M}, nan, at::TensorOptions(device).dtype(types.adapter)));
+      const Matrix A = builder_.matrix(keep(in.segments[0].A, types.main));
+      const Matrix B = builder_.matrix(keep(in.diagonal_B, types.main));
+      builder_.add_diagonal(results_[1], A, B, c.K.front());
     }
   }
 
@@ -227,6 +228,7 @@ Inputs rounded_to_tf32(Inputs in) {
     s.A = to_tf32(s.A);
     s.B = to_tf32(s.B);
   }
+  if (in.diagonal_B.defined()) in.diagonal_B = to_tf32(in.diagonal_B);
   return in;
 }
 

@@ -8,11 +8,12 @@
 //   NT       A (M,K)           B (N,K)           shrink   s = x·Aᵀ              g = dy·Btᵀ
 //   NN       A (M,K)           B (K,N)           expand   y = base + (s∘d)·Bt   dx = (g∘d)·A
 //   TN       A (K,M)           B (K,N)           wgrad    dA = d ∘rows gᵀ·x     dBt = d ∘rows sᵀ·dy
+//                                                         dd = diagonal of gᵀ·s
 //
 // Every matrix is row-major and is a stack of row blocks (a matrix in one piece is a stack of one):
 // shared and private ranks are two blocks of one matrix and are never copied together in memory. A
 // stack with fewer rows than its axis reads as zeros beyond them; a block without a pointer reads
-// as zeros and is not written. CUDA takes 2,037 blocks in all matrices of a segment and its
+// as zeros and is not written. CUDA takes 2,038 blocks in all matrices of a segment and its
 // problem.
 //
 // Dropout acts on a (tokens, features) matrix: op(A) in NT, the product in NN, op(B) in TN. So one
@@ -73,10 +74,10 @@ struct Problem {
   int32_t first_segment = 0, num_segments = 0;  // in Program::segments
   Matrix C_in;                                  // (M,N), C's dtype; may be C itself
   Matrix C;                                     // (M,N)
-  // TN with one segment only: row_dot (M) = Σ_n row_dot_with (M,N) ∘ (op(A)·op(B)) (M,N), without
-  // scale_m. Gives dd.
-  Matrix row_dot_with;
-  void* row_dot = nullptr;      // Program::scale_dtype; nullptr: not wanted
+  // TN, M == N and one segment, whose A and B have one dtype: C (1,M), Program::scale_dtype, is the
+  // diagonal of the product, of which no more is computed than that takes. Without C_in, scales
+  // and dropout.
+  bool is_diagonal = false;
   uint32_t drop_threshold = 0;  // an element is dropped when its 15-bit draw is below it; 0: none
 };
 
@@ -87,7 +88,7 @@ struct Group {
 
 struct Program {
   DType dtype;        // to which operands are rounded
-  DType scale_dtype;  // of scale_k, scale_m and row_dot
+  DType scale_dtype;  // of scale_k, scale_m and diagonals
   std::vector<Group> groups;
   std::vector<Problem> problems;
   std::vector<Segment> segments;

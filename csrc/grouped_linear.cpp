@@ -2,8 +2,6 @@
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
 
-#include <algorithm>
-
 #include "adapter_list.h"
 #include "layers_ops.h"
 #include "pool_problems.h"
@@ -251,14 +249,6 @@ GroupedGradients rasa_grouped_backward_body(LaunchFn launch, const std::vector<O
     builder.drop(layer.dropout.seed, layer.dropout.threshold);
   }
 
-  // dd needs a form in which the sum over a pool's layers is not yet taken: of the three equal
-  // ones, the diagonal of gᵀ·s. It reads 2 M·R numbers, where the others would read x or dy once
-  // more.
-  int64_t most_ranks = 0;
-  for (size_t i = 0; i < L; ++i) {
-    if (wants(3, i)) most_ranks = std::max(most_ranks, checked[i].sizes.R());
-  }
-  const Tensor eye = at::eye(most_ranks, layers.d[0].options());
   LazyGroup wgrads(builder, Layout::kTN);
   for (size_t i = 0; i < L; ++i) {
     const Layer& layer = checked[i];
@@ -280,12 +270,8 @@ GroupedGradients rasa_grouped_backward_body(LaunchFn launch, const std::vector<O
     }
     if (wants(2, i) && z.Rp > 0) add_wgrad(grads.dBt[i], s_rows[i], dy_rows[i]);
     if (wants(3, i) && z.R() > 0) {
-      Problem& diagonal = wgrads.add_problem(z.R(), z.R());
-      diagonal.C = builder.begin_stack(adapter.d.scalar_type());
-      builder.append_gap(diagonal.C, z.R());  // only row_dot is wanted
-      diagonal.row_dot = grads.dd[i].mutable_data_ptr();
-      diagonal.row_dot_with = builder.matrix(eye);
-      builder.add_segment(builder.matrix(g), builder.matrix(s_rows[i]), z.M);
+      wgrads.begin();
+      builder.add_diagonal(grads.dd[i], builder.matrix(g), builder.matrix(s_rows[i]), z.M);
     }
     if (layers.pools[i] >= 0 && given(dys[i])) {
       pools[layers.pools[i]].add(

@@ -36,7 +36,8 @@ class LibraryGemm {
         sum_type_(program.dtype == DType::kF64 ? at::kDouble : at::kFloat) {}
 
   void run(Layout layout, const Problem& p) const {
-    if (p.M == 0 || (p.N == 0 && p.row_dot == nullptr)) return;
+    if (p.M == 0 || p.N == 0) return;
+    if (p.is_diagonal) return write_diagonal(p);
     if (sums_in_C(layout, p)) {
       for (const Part& C : parts(p.C, p.N, 0, p.M)) {
         start_sum(C.rows, p, C.row);
@@ -51,7 +52,6 @@ class LibraryGemm {
       if (drops(p) && layout == Layout::kNN) {
         sum.masked_fill_(dropped(p, i, p.M, p.N), 0).mul_(keep_scale(p.drop_threshold));
       }
-      if (p.row_dot != nullptr) write_row_dot(p, sum);
       if (const void* scale_m = segment(p, i).scale_m) sum.mul_(scale(scale_m, p.M).unsqueeze(1));
       if (p.num_segments > 1) total.add_(sum);
     }
@@ -111,7 +111,7 @@ class LibraryGemm {
   bool sums_in_C(Layout layout, const Problem& p) const {
     bool has_scale_m = false;
     for (int32_t i = 0; i < p.num_segments; ++i) has_scale_m |= segment(p, i).scale_m != nullptr;
-    return scalar_type(p.C.dtype) == sum_type_ && p.row_dot == nullptr && !has_scale_m &&
+    return scalar_type(p.C.dtype) == sum_type_ && !has_scale_m &&
            !(drops(p) && layout == Layout::kNN);
   }
 
@@ -183,13 +183,16 @@ class LibraryGemm {
     }
   }
 
-  void write_row_dot(const Problem& p, const Tensor& sum) const {
-    const Tensor dot = zeros({p.M});
-    for (const Part& with : parts(p.row_dot_with, p.N, 0, p.M)) {
-      const int64_t m = with.rows.size(0);
-      dot.narrow(0, with.row, m).copy_(sum.narrow(0, with.row, m).mul(with.rows).sum(1));
+  void write_diagonal(const Problem& p) const {
+    const Segment& s = segment(p, 0);
+    const Tensor sum = zeros({1, p.M});
+    for (const Part& A : parts(s.A, p.M, 0, s.K)) {
+      for (const Part& B : parts(s.B, p.M, A.row, A.end())) {
+        const Tensor a = A.rows.narrow(0, B.row - A.row, B.rows.size(0)).to(sum_type_);
+        sum.add_(a.mul(B.rows).sum(0, /*keepdim=*/true));
+      }
     }
-    view(p.row_dot, program_.scale_dtype, {p.M}, {1}).copy_(dot);
+    for (const Part& C : parts(p.C, p.M, 0, 1)) C.rows.copy_(sum);
   }
 
   const Program& program_;

@@ -123,6 +123,14 @@ class ProgramBuilder {
     return program_.segments.back();
   }
 
+  // diagonal (M) = that of AᵀB, for A, B (K,M).
+  void add_diagonal(const at::Tensor& diagonal, Matrix A, Matrix B, int64_t K) {
+    Problem& p = add_problem(diagonal.size(0), diagonal.size(0));
+    p.is_diagonal = true;
+    p.C = output(diagonal.unsqueeze(0));
+    add_segment(A, B, K);
+  }
+
   // The last segment drops elements; every segment of its problem does, or none.
   void drop(const int64_t* seed, uint32_t threshold) {
     program_.problems.back().drop_threshold = threshold;

@@ -121,10 +121,11 @@ void launch_backward(const char* op, LaunchFn launch, const std::vector<Tensor>&
     });
   };
   const Tensor& dx = grads[0];
-  const bool wants_dA = has_any({kDA, kDAShared}), wants_dBt = has_any({kDBt, kDBtShared, kDd});
+  const bool wants_dA = has_any({kDA, kDAShared}), wants_dBt = has_any({kDBt, kDBtShared});
+  const bool wants_dd = has_any({kDd});
   ProgramBuilder builder(op, x.scalar_type(), adapters.d[0].scalar_type());
   Tensor g, d;
-  if (wants_dA || dx.defined()) {
+  if (wants_dA || wants_dd || dx.defined()) {
     g = at::empty({x.size(0), num_columns(of_g)}, x.options());
     d = stack_d(of_g, adapters.d);
     builder.begin_group(Layout::kNT);
@@ -146,7 +147,7 @@ void launch_backward(const char* op, LaunchFn launch, const std::vector<Tensor>&
         .scale_k = data(d);
     builder.drop(dropout.seed, dropout.threshold);
   }
-  if (wants_dA || wants_dBt) builder.begin_group(Layout::kTN);
+  if (wants_dA || wants_dBt || wants_dd) builder.begin_group(Layout::kTN);
   if (wants_dA) {  // dA = d ∘rows gᵀ·x̃, of all layers
     const int64_t rows = of_g.back().column + of_g.back().R();
     Problem& wgrad = add_wgrad(builder, builder.matrix(g), x, d, rows);
@@ -160,19 +161,19 @@ void launch_backward(const char* op, LaunchFn launch, const std::vector<Tensor>&
       next = z.column + z.R();
     }
   }
-  for (const Layer& z : of_g) {  // dBt = d ∘rows sᵀ·dy, and dd from the sum without d
-    const Tensor &dd = grad(z, kDd), &dBt = grad(z, kDBt), &dBt_shared = grad(z, kDBtShared);
-    if (!dd.defined() && !dBt.defined() && !dBt_shared.defined()) continue;
+  for (const Layer& z : of_g) {
     const auto of_this = [&](const Layer& other) { return other.index == z.index; };
     const int64_t column = std::find_if(of_s.begin(), of_s.end(), of_this)->column;
-    Problem& wgrad =
-        add_wgrad(builder, builder.columns(s, column), dy[z.index], adapters.d[z.index], z.R());
-    wgrad.C = builder.begin_stack(adapters.d[z.index].scalar_type());
-    builder.append_output(wgrad.C, dBt_shared, z.Rs);
-    builder.append_output(wgrad.C, dBt, z.Rp);
-    if (dd.defined()) {
-      wgrad.row_dot = dd.mutable_data_ptr();
-      wgrad.row_dot_with = builder.stack({&adapters.Bt_shared[z.index], &adapters.Bt[z.index]});
+    const Tensor &dBt = grad(z, kDBt), &dBt_shared = grad(z, kDBtShared);
+    if (dBt.defined() || dBt_shared.defined()) {  // dBt = d ∘rows sᵀ·dy
+      Problem& wgrad =
+          add_wgrad(builder, builder.columns(s, column), dy[z.index], adapters.d[z.index], z.R());
+      wgrad.C = builder.begin_stack(adapters.d[z.index].scalar_type());
+      builder.append_output(wgrad.C, dBt_shared, z.Rs);
+      builder.append_output(wgrad.C, dBt, z.Rp);
+    }
+    if (const Tensor& dd = grad(z, kDd); dd.defined()) {
+      builder.add_diagonal(dd, builder.columns(g, z.column), builder.columns(s, column), x.size(0));
     }
   }
   launch(builder.program());

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from layers import new_seed, sibling_inputs
 import rasa_ext
 from rasa_ext import rasa_linears
 
-SUM = "sum of partials"  # of a split reduction, and of dd over the tiles of features
+SUM, SPLIT = "sum of partials", ", split"  # a launch that is split stores partials
 KIB = 1024
 # (num_sms, shared memory of a block) of a 4090, an A100 and an H100
 DEVICES = {"sm_89": (128, 99 * KIB), "sm_80": (108, 163 * KIB), "sm_90": (132, 227 * KIB)}
@@ -20,6 +21,14 @@ FAMILIES = {"alone": (576,), "qkv": (576, 192, 192), "gate_up": (1536, 1536), "n
 RANKS = [(r, k, L) for r, k in ((8, 1), (16, 2), (32, 4)) for L in (30, 32)]
 BF16 = torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=["bf16", "tf32"])
+
+
+@pytest.fixture
+def one_sm() -> Iterator[None]:
+    """A GPU that any tile fills, so that no plan splits."""
+    rasa_ext._C.start_recording(1, 99 * KIB)
+    yield
+    rasa_ext._C.stop_recording()
 
 
 @pytest.fixture(params=DEVICES.values(), ids=DEVICES)
@@ -40,12 +49,18 @@ def launches(cases: list[Case], p: float, dtype: torch.dtype) -> list[list[str]]
 
 
 def assert_few(programs: list[list[str]]) -> None:
-    """Two launches and three; a sum of partials may follow a shrink, and the wgrad."""
-    forward, backward = programs
-    sums = [sum(name.startswith(SUM) for name in names) for names in programs]
-    assert len(forward) - sums[0] == 2, forward
-    assert len(backward) - sums[1] == 3, backward
-    assert sums[0] <= 1 and sums[1] <= 2, programs
+    """Two launches and three; a sum of partials follows each that is split, and no other."""
+    kernels = [[name for name in names if not name.startswith(SUM)] for names in programs]
+    assert list(map(len, kernels)) == [2, 3], programs
+    for names in programs:
+        assert not names[0].startswith(SUM), names
+        for name, following in pairwise([*names, ""]):
+            assert following.startswith(SUM) == name.endswith(SPLIT), names
+
+
+def family_cases(family: str, ranks: tuple[int, int, int], M: int = 264) -> list[Case]:
+    r, k, L = ranks
+    return [Case(family, M, 576, N, r - k, L * k) for N in FAMILIES[family]]
 
 
 @DTYPES
@@ -53,9 +68,27 @@ def assert_few(programs: list[list[str]]) -> None:
 @pytest.mark.parametrize("ranks", RANKS, ids=lambda ranks: "r{}k{}L{}".format(*ranks))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_takes_two_launches_and_backward_three(family, ranks, p, dtype, recorder):
-    r, k, L = ranks
-    cases = [Case(family, 264, 576, N, r - k, L * k) for N in FAMILIES[family]]
-    assert_few(launches(cases, p, dtype))
+    assert_few(launches(family_cases(family, ranks), p, dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("M", [1, 264])
+@pytest.mark.parametrize("ranks", RANKS[1::2], ids=lambda ranks: "r{}k{}L{}".format(*ranks))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_nothing_is_split_there_are_five_launches_in_all(family, ranks, M, p, dtype, one_sm):
+    forward, backward = launches(family_cases(family, ranks, M), p, dtype)
+    assert [name[:2] for name in forward] == ["NT", "NN"], forward
+    assert [name[:2] for name in backward] == ["NT", "NN", "TN"], backward
+
+
+@DTYPES
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_tiles_that_fill_a_gpu_need_no_sum(p, dtype, recorder):
+    """x has so many features that dA alone has a tile for each SM; only the shrink of x is long."""
+    forward, backward = launches([Case("wide", 16, 40_000, 8, 28, 128)], p, dtype)
+    assert [name[:2] for name in backward] == ["NT", "NN", "TN"], backward
+    assert forward[0].endswith(SPLIT) and forward[1].startswith(SUM) and len(forward) == 3
 
 
 @DTYPES
@@ -70,6 +103,16 @@ def test_few_tokens_take_as_few_launches(M, p, dtype, recorder):
 def test_siblings_of_unlike_ranks_share_the_kernels_of_the_widest(p, dtype, recorder):
     layers = [(200, 7, 32), (72, 3, 0), (72, 20, 128)]
     assert_few(launches([Case("unlike", 264, 200, *layer) for layer in layers], p, dtype))
+
+
+@DTYPES
+def test_the_gradient_of_d_alone_takes_a_shrink_and_a_diagonal(dtype, one_sm):
+    inputs = sibling_inputs(family_cases("alone", RANKS[0]), dtype, dtype)
+    (d,) = inputs[-1]
+    (y,) = rasa_linears(*inputs[:-1], [d.requires_grad_()], p=0.05, seed=new_seed())
+    y.sum().backward()
+    _, backward = rasa_ext._C.stop_recording()
+    assert [name[:2] for name in backward] == ["NT", "TN"], backward
 
 
 @pytest.mark.parametrize("count", [2, 40])

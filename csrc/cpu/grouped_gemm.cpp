@@ -4,7 +4,7 @@
 // the next group reads them; layers that do not read each other's results are dealt out as separate
 // chains of problems. TN groups run one after the other and are cut by columns of features, each
 // tile summing over all tokens: no partial sums, so the result does not depend on the number of
-// threads.
+// threads. A diagonal is cut likewise, and nothing is packed for it.
 #include "grouped_gemm.h"
 
 #include <ATen/Parallel.h>
@@ -75,29 +75,14 @@ class Phase {
       first_task.push_back(first_task.back() +
                            num_row_blocks(*item.problem) * num_column_blocks(*item.problem));
     }
-    // dots[problem]: (column blocks, M), summed in column order afterwards.
-    std::vector<std::vector<double>> dots(items_.size());
-    for (size_t i = 0; i < items_.size(); ++i) {
-      const Problem& p = *items_[i].problem;
-      if (p.row_dot) dots[i].resize(num_column_blocks(p) * p.M);
-    }
     for_tasks(first_task.back(), flops, scratch, [&](int64_t task, const Scratch& mine) {
       const size_t i = index_of(first_task, task);
       const Problem& p = *items_[i].problem;
       const int64_t tile = task - first_task[i];
-      const int64_t column_block = tile / num_row_blocks(p);
-      runner_.wgrad_tile(p, packed_of(items_[i]), tile % num_row_blocks(p) * kWgradRows,
-                         column_block * kWgradColumns,
-                         p.row_dot ? dots[i].data() + column_block * p.M : nullptr, mine);
+      const int64_t n0 = tile / num_row_blocks(p) * kWgradColumns;
+      if (p.is_diagonal) return runner_.diagonal_tile(p, n0);
+      runner_.wgrad_tile(p, packed_of(items_[i]), tile % num_row_blocks(p) * kWgradRows, n0, mine);
     });
-    for (size_t i = 0; i < items_.size(); ++i) {
-      const Problem& p = *items_[i].problem;
-      for (int64_t m = 0; p.row_dot && m < p.M; ++m) {
-        double sum = 0;
-        for (int64_t b = 0; b < num_column_blocks(p); ++b) sum += dots[i][b * p.M + m];
-        runner_.store_scale(p.row_dot, m, sum);
-      }
-    }
   }
 
  private:
@@ -157,7 +142,9 @@ class Phase {
     return chains;
   }
 
-  static int64_t num_row_blocks(const Problem& p) { return ceil_div(p.M, kWgradRows); }
+  static int64_t num_row_blocks(const Problem& p) {
+    return p.is_diagonal ? 1 : ceil_div(p.M, kWgradRows);
+  }
   static int64_t num_column_blocks(const Problem& p) { return ceil_div(p.N, kWgradColumns); }
   static size_t index_of(const std::vector<int64_t>& first, int64_t task) {
     return std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;
@@ -172,10 +159,10 @@ class Phase {
     Item item = {layout, &p, packed_.size(), 0};
     for (int32_t i = 0; i < p.num_segments; ++i) {
       const Segment& s = segment(item, i);
-      item.flops += int64_t{2} * p.M * p.N * s.K;
+      item.flops += int64_t{2} * s.K * p.M * (p.is_diagonal ? 1 : p.N);
       packed_.push_back({nullptr, runner_.packed_ld(layout, p, s)});
       offsets_.push_back(bytes);
-      bytes += round_up(runner_.packed_bytes(layout, p, s), kAlignment);
+      if (!p.is_diagonal) bytes += round_up(runner_.packed_bytes(layout, p, s), kAlignment);
     }
     items_.push_back(item);
   }
@@ -189,7 +176,7 @@ class Phase {
     std::vector<Job> jobs;
     int64_t elements = 0;
     for (const Item& item : items_) {
-      for (int32_t i = 0; i < item.problem->num_segments; ++i) {
+      for (int32_t i = 0; i < item.problem->num_segments && !item.problem->is_diagonal; ++i) {
         const Segment& s = segment(item, i);
         elements += int64_t{s.K} * (item.layout == Layout::kTN ? item.problem->M : item.problem->N);
         for (int64_t j = 0; j < runner_.num_pack_jobs(item.layout, *item.problem, s); ++j) {

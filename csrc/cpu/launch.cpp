@@ -44,7 +44,7 @@ void run_recorded(const Program& program) {
   {
     Recording& r = recording();
     const std::lock_guard<std::mutex> guard(r.mutex);
-    r.programs.push_back(cuda::kernel_names(program, r.device));
+    r.programs.push_back(cuda::kernel_names(program, r.device, /*marks_splits=*/true));
   }
   grouped_gemm(program);
 }

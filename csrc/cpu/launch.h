@@ -20,7 +20,8 @@ void launch(const Program& program);
 void set_launcher(const std::string& name);
 
 // Until stop_recording(), programs run on the CPU backend, and the CUDA kernels that each would
-// launch on a device, with TF32 allowed, are kept by name, in order. Process-wide, for tests.
+// launch on a device, with TF32 allowed, are kept by name, in order, with ", split" where a launch
+// stores partials. Process-wide, for tests.
 void start_recording(const cuda::DeviceInfo& device);
 std::vector<std::vector<std::string>> stop_recording();
 

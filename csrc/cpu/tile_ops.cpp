@@ -285,18 +285,9 @@ struct Loops {
     }
   }
 
-  static double dot_row(const void* acc_, const void* other_, int64_t n) {
-    const Acc* acc = static_cast<const Acc*>(acc_);
-    const P* other = static_cast<const P*>(other_);
-    Acc part[16] = {};  // independent chains, so that the loop vectorises without reordering a sum
-    const int64_t whole = n / 16 * 16;
-    for (int64_t i = 0; i < whole; i += 16) {
-      for (int j = 0; j < 16; ++j) part[j] += acc[i + j] * widen(other[i + j]);
-    }
-    double sum = 0;
-    for (int64_t i = whole; i < n; ++i) sum += acc[i] * widen(other[i]);
-    for (int j = 0; j < 16; ++j) sum += part[j];
-    return sum;
+  static void add_products(const void* a_, const void* b_, double* __restrict__ sums, int64_t n) {
+    const P *a = static_cast<const P*>(a_), *b = static_cast<const P*>(b_);
+    for (int64_t i = 0; i < n; ++i) sums[i] += double{widen(a[i])} * double{widen(b[i])};
   }
 };
 
@@ -304,7 +295,7 @@ template <class P, class C>
 const TileOps* ops_of() {
   using L = Loops<P, C>;
   static const TileOps ops = {L::convert_row,     L::interleave_rows, L::transpose,
-                              L::transpose_pairs, L::finish_row,      L::dot_row};
+                              L::transpose_pairs, L::finish_row,      L::add_products};
   return &ops;
 }
 

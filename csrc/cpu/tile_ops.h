@@ -46,8 +46,8 @@ struct TileOps {
   void (*finish_row)(const void* acc, double scale, RowMask mask, const void* c_in, void* out,
                      int64_t n);
 
-  // Σ_i acc[i] · other[i], other in the storage type.
-  double (*dot_row)(const void* acc, const void* other, int64_t n);
+  // sums (n) += a ∘ b, both in the storage type.
+  void (*add_products)(const void* a, const void* b, double* sums, int64_t n);
 };
 
 struct TileOpsTable {

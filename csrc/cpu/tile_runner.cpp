@@ -344,7 +344,7 @@ TileRunner::Tile TileRunner::stream_columns(const Problem& p, const Segment& s, 
 }
 
 void TileRunner::wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, int64_t n0,
-                            double* dots, const Scratch& scratch) const {
+                            const Scratch& scratch) const {
   const int64_t rows = std::min<int64_t>(kWgradRows, p.M - m0);
   const int64_t cols = std::min<int64_t>(kWgradColumns, p.N - n0);
   const auto multiply = [&](int32_t i, const Segment& s, char* out, bool add) {
@@ -376,12 +376,6 @@ void TileRunner::wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, 
   const double keep = keep_scale(p.drop_threshold);
   for (int64_t r = 0; r < rows; ++r) {
     const char* acc = scratch.acc + r * kWgradColumns * acc_size();
-    if (dots) {
-      const int64_t size = element_size(p.row_dot_with.dtype);
-      dots[m0 + r] =
-          keep *
-          ops(p.row_dot_with.dtype).dot_row(acc, row(p.row_dot_with, m0 + r) + n0 * size, cols);
-    }
     char* out = row(p.C, m0 + r);
     if (!out) continue;
     const int64_t size = element_size(p.C.dtype);
@@ -389,6 +383,19 @@ void TileRunner::wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, 
     ops(p.C.dtype).finish_row(acc, keep * row_scale(p, m0 + r), {},
                               c_in ? c_in + n0 * size : nullptr, out + n0 * size, cols);
   }
+}
+
+void TileRunner::diagonal_tile(const Problem& p, int64_t n0) const {
+  const Segment& s = program_.segments[p.first_segment];
+  const int64_t cols = std::min<int64_t>(kWgradColumns, p.M - n0);
+  const int64_t offset = n0 * element_size(s.A.dtype);
+  double sums[kWgradColumns] = {};
+  for (int64_t k = 0; k < s.K; ++k) {
+    const char *a = row(s.A, k), *b = row(s.B, k);
+    if (a && b) ops(s.A.dtype).add_products(a + offset, b + offset, sums, cols);
+  }
+  char* out = row(p.C, 0);
+  for (int64_t i = 0; i < cols; ++i) store_scale(out, n0 + i, sums[i]);
 }
 
 }  // namespace rasa::cpu

@@ -64,10 +64,12 @@ class TileRunner {
   void row_tile(Layout layout, const Problem& p, const Packed* packed, int64_t m0,
                 const Scratch& scratch) const;
 
-  // Tile (m0, n0) of a TN problem. dots (M), if not null: where this column block's share of
-  // row_dot goes.
-  void wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, int64_t n0, double* dots,
+  // Tile (m0, n0) of a TN problem.
+  void wgrad_tile(const Problem& p, const Packed* packed, int64_t m0, int64_t n0,
                   const Scratch& scratch) const;
+
+  // Elements [n0, n0 + kWgradColumns) of a diagonal.
+  void diagonal_tile(const Problem& p, int64_t n0) const;
 
   double load_scale(const void* scale, int64_t i) const;
   void store_scale(void* scale, int64_t i, double value) const;

@@ -11,13 +11,6 @@
 
 namespace rasa::cuda {
 
-// The row blocks of a Matrix.
-struct BlockList {
-  const Block* blocks = nullptr;
-  int32_t num_blocks = 0;
-  DType dtype = DType::kF32;
-};
-
 // An argument block of the size that a kernel declares.
 class LaunchArgs {
  public:
@@ -41,7 +34,7 @@ class ArgsBuilder {
 
   // What a problem with these segments takes of an argument block.
   static size_t num_bytes(const Problem& p, const Segment* segments, int32_t num_segments) {
-    int64_t blocks = int64_t{p.C.num_blocks} + p.C_in.num_blocks + p.row_dot_with.num_blocks;
+    int64_t blocks = int64_t{p.C.num_blocks} + p.C_in.num_blocks;
     for (int32_t i = 0; i < num_segments; ++i) {
       blocks += int64_t{segments[i].A.num_blocks} + segments[i].B.num_blocks;
     }
@@ -55,21 +48,19 @@ class ArgsBuilder {
 
   // All of the problem, or nothing of it where it does not fit. Fills in what `arg` says of the
   // matrices, the segments and dropout.
-  bool add(ProblemArg arg, const Problem& p, const BlockList& C, const Segment* segments,
-           int32_t num_segments, int64_t num_tiles, int arg_bytes) {
+  bool add(ProblemArg arg, const Problem& p, const Segment* segments, int32_t num_segments,
+           int64_t num_tiles, int arg_bytes) {
     const size_t old_segments = segments_.size(), old_blocks = blocks_.size();
     arg.first_segment = static_cast<int32_t>(old_segments);
     arg.num_segments = num_segments;
-    arg.C = matrix(C);
-    arg.C_in = matrix(list(p.C_in));
-    arg.row_dot_with = matrix(list(p.row_dot_with));
+    arg.C = matrix(p.C);
+    arg.C_in = matrix(p.C_in);
     arg.drop_threshold = p.drop_threshold;
     arg.keep_scale = static_cast<float>(keep_scale(p.drop_threshold));
     for (int32_t i = 0; i < num_segments; ++i) {
       const Segment& s = segments[i];
       const void* scale_m = arg.scale_m == nullptr ? s.scale_m : nullptr;  // once
-      segments_.push_back(
-          {s.scale_k, scale_m, matrix(list(s.A)), matrix(list(s.B)), s.seed, s.K, 0});
+      segments_.push_back({s.scale_k, scale_m, matrix(s.A), matrix(s.B), s.seed, s.K, 0});
     }
     const size_t bytes = num_bytes(problems_.size() + 1, segments_.size(), blocks_.size());
     if (bytes > static_cast<size_t>(arg_bytes) || num_tiles_ + num_tiles > INT32_MAX) {
@@ -81,10 +72,6 @@ class ArgsBuilder {
     tile_starts_.push_back(static_cast<int32_t>(num_tiles_));
     num_tiles_ += num_tiles;
     return true;
-  }
-
-  BlockList list(const Matrix& m) const {
-    return {program_.blocks.data() + m.first_block, m.num_blocks, m.dtype};
   }
 
   bool is_empty() const { return problems_.empty(); }
@@ -120,7 +107,7 @@ class ArgsBuilder {
            segments * sizeof(SegmentArg) + blocks * sizeof(Block);
   }
 
-  MatrixArg matrix(const BlockList& m) {
+  MatrixArg matrix(const Matrix& m) {
     MatrixArg arg = {static_cast<uint16_t>(blocks_.size()), static_cast<uint16_t>(m.num_blocks),
                      m.dtype == DType::kF32, 1, m.dtype == DType::kF16};
     const bool is_known = m.dtype == DType::kF32 || m.dtype == program_.dtype ||
@@ -129,7 +116,7 @@ class ArgsBuilder {
       throw std::invalid_argument("an operand has neither the program's dtype nor float32");
     }
     for (int32_t i = 0; i < m.num_blocks; ++i) {
-      const Block& block = m.blocks[i];
+      const Block& block = program_.blocks[m.first_block + i];
       const bool is_aligned =
           reinterpret_cast<uintptr_t>(block.ptr) % kChunkBytes == 0 &&
           (block.rows == 1 || block.ld * element_size(m.dtype) % kChunkBytes == 0);

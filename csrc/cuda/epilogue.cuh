@@ -58,24 +58,18 @@ __device__ __forceinline__ void store_rows(const float* rows16, const EpilogueRo
   }
 }
 
-// row_dots[m0 + row] = Σ_n row_dot_with ∘ sum over the warp's columns, for the same rows.
-template <int kWarpN, int kPitch, class Element>
-__device__ __forceinline__ void store_row_dots(const float* rows16, float* row_dots, int m0, int n0,
+// C (1,M), or its partial, from those of the 16 rows' elements that are on the diagonal. m0, n0: of
+// the first one.
+template <int kCols, int kPitch, class Element>
+__device__ __forceinline__ void store_diagonal(const float* rows16, int m0, int n0, int split,
                                                const ProblemArg& problem, const KernelArgs& args) {
-  constexpr int kQuads = kWarpN / 4;
-  static_assert(32 % kQuads == 0, "whole rows are in a warp's lanes at once");
-#pragma unroll 1
-  for (int index = threadIdx.x % 32; index < 16 * kQuads; index += 32) {
-    const int row = index / kQuads, column = index % kQuads * 4;
-    const int m = m0 + row, count = problem.N - (n0 + column);
-    const uint64_t with = m < problem.M ? row_address(args, problem.row_dot_with, m) : 0;
-    const float4 w =
-        load_4<Element>(with, n0 + column, with == 0 ? 0 : count, problem.row_dot_with);
-    const float4 v = *reinterpret_cast<const float4*>(rows16 + row * kPitch + column);
-    float sum = v.x * w.x + v.y * w.y + v.z * w.z + v.w * w.w;
-#pragma unroll
-    for (int step = kQuads / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (column == 0 && m < problem.M) row_dots[m] = sum;
+  const int row = threadIdx.x % 32, m = m0 + row, column = m - n0;
+  if (row >= 16 || column < 0 || column >= kCols || m >= problem.M) return;
+  const float v = rows16[row * kPitch + column];
+  if (problem.partials_at >= 0) {
+    args.workspace_floats(problem.partials_at)[partial_row(split, 1, problem.M, 0) + m] = v;
+  } else {
+    store_4<Element>(row_address(args, problem.C, 0), m, 1, problem.C, {v, 0, 0, 0});
   }
 }
 

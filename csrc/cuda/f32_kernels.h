@@ -31,7 +31,7 @@ inline bool has_f32_kernels(const Program& program, bool allows_tf32) {
   const auto is_known = [](const Matrix& m) { return m.dtype != DType::kF64; };
   bool has_kernel = allows_tf32 || program.is_full_precision;
   for (const Problem& p : program.problems) {
-    has_kernel &= is_known(p.C) && is_known(p.C_in) && is_known(p.row_dot_with);
+    has_kernel &= is_known(p.C) && is_known(p.C_in);
     if (program.is_full_precision) has_kernel &= p.num_segments <= 1 && p.drop_threshold == 0;
   }
   for (const Segment& s : program.segments) has_kernel &= is_known(s.A) && is_known(s.B);

@@ -104,6 +104,9 @@ struct TileConfig {
     return columns;
   }
   RASA_HD constexpr int smem_bytes() const { return tiles_bytes() + table_bytes(); }
+
+  // Elements of the diagonal in a tile whose corner is one of them.
+  RASA_HD constexpr int diagonal_block() const { return block_m < block_n ? block_m : block_n; }
 };
 
 constexpr TileConfig tile_config(ConfigId id) {
@@ -234,13 +237,11 @@ struct ProblemShape {
   int64_t M, N, max_K;
   int num_segments;
   bool scales_segments;  // several segments, of which one has its own scale_m
-  bool scales_k, has_row_dot, has_dropout;
+  bool scales_k, has_dropout;
 
   constexpr bool walks() const { return num_segments == 1 && max_K <= 160; }
   // TN with the rank along K, W += Btᵀ·diag(d)·A; a wgrad has it along M.
-  constexpr bool is_merge() const {
-    return layout == Layout::kTN && scales_k && !has_row_dot && !has_dropout;
-  }
+  constexpr bool is_merge() const { return layout == Layout::kTN && scales_k && !has_dropout; }
 };
 
 // L2 figures: bytes that cross from L2 to the SMs over those of operands and result, each once, for
@@ -301,7 +302,6 @@ constexpr ProblemShape widest(const ProblemShape& a, const ProblemShape& b) {
           a.num_segments > b.num_segments ? a.num_segments : b.num_segments,
           a.scales_segments || b.scales_segments,
           a.scales_k || b.scales_k,
-          a.has_row_dot || b.has_row_dot,
           a.has_dropout || b.has_dropout};
 }
 

@@ -14,8 +14,8 @@
 // Rows along M or N have one table per segment, rows along k one per k block, written a turn ahead.
 //
 // A long reduction is split into ranges of k blocks: each is a tile of its own, whose sums go to
-// the workspace as they are. reduce_kernel.cuh adds them. So does row_dot, one part for each warp
-// column.
+// the workspace as they are. reduce_kernel.cuh adds them. Of a diagonal, only tiles whose corners
+// are on it are computed.
 //
 // Invariant at the top of the k loop: the copies of k blocks k … k + kStages - 2 are committed, one
 // group each, and no warp reads stage (k - 1) % kStages after the barrier.
@@ -72,12 +72,14 @@ class GemmTile {
         lane_(threadIdx.x % 32),
         warp_m_(kTile.warps_m == 1 ? 0 : threadIdx.x / 32 / kTile.warps_n * kWarpM),
         warp_n_(threadIdx.x / 32 % kTile.warps_n * kWarpN) {
-    const int tiles_m = ceil_div(problem_.M, kBlockM), tiles_n = ceil_div(problem_.N, kBlockN);
+    const int block_m = is_diagonal() ? kTile.diagonal_block() : kBlockM;
+    const int tiles_m = ceil_div(problem_.M, block_m);
+    const int tiles_n = is_diagonal() ? 1 : ceil_div(problem_.N, kBlockN);
     const int in_problem = tile - args.tile_start(args.problem_of(tile));
     const TilePlace place = tile_place(kLayout, in_problem, tiles_m, tiles_n);
     split_ = place.split;
-    m0_ = place.coord.m * kBlockM;
-    n0_ = place.coord.n * kBlockN;
+    m0_ = place.coord.m * block_m;
+    n0_ = is_diagonal() ? m0_ : place.coord.n * kBlockN;
   }
 
   __device__ void run() {
@@ -176,6 +178,9 @@ class GemmTile {
   __device__ void store_rows_of(Accumulators& acc, int slot) const { store(acc, A_stage(slot)); }
 
  private:
+  __device__ bool is_diagonal() const {
+    return kLayout == Layout::kTN && !kWalks && problem_.is_diagonal != 0;
+  }
   __device__ char* A_stage(int k) const { return smem_ + k % kStages * kTile.stage_bytes(); }
   __device__ char* B_stage(int k) const { return A_stage(k) + ATile::kBytes; }
   __device__ char* panel() const { return smem_ + kStages * kTile.stage_bytes(); }
@@ -304,23 +309,16 @@ class GemmTile {
         stage_rows<kStagingN / 8, kPitch>(rows16, acc[i] + n / 8);
         __syncwarp();  // the warp's rows are staged
         const int row0 = warp_m_ + 16 * i, n0 = n0_ + warp_n_ + n;
-        if constexpr (kLayout == Layout::kTN && !kWalks) {
-          if (problem_.row_dots_at >= 0) {
-            store_row_dots<kWarpN, kPitch, Element>(rows16, row_dots(), m0_ + row0, n0, problem_,
-                                                    args_);
-          }
+        if (is_diagonal()) {
+          store_diagonal<kStagingN, kPitch, Element>(rows16, m0_ + row0, n0, split_, problem_,
+                                                     args_);
+        } else {
+          store_rows<kStagingN, kPitch, Element>(rows16, {C_rows(), C_rows() + kBlockM}, row0, m0_,
+                                                 n0, problem_, args_.scale_dtype);
         }
-        store_rows<kStagingN, kPitch, Element>(rows16, {C_rows(), C_rows() + kBlockM}, row0, m0_,
-                                               n0, problem_, args_.scale_dtype);
         __syncwarp();  // they are read, the next ones may be staged
       }
     }
-  }
-
-  __device__ float* row_dots() const {
-    return args_.workspace_floats(problem_.row_dots_at) +
-           row_dot_part(split_, problem_.N, kBlockN, kWarpN, n0_ + warp_n_) *
-               partial_size(1, problem_.M);
   }
 
   __device__ void drop_sums(float (&acc)[kTilesN][4], int i) const {

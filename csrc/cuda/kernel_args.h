@@ -32,17 +32,18 @@ struct SegmentArg {
 struct ProblemArg {
   int32_t M, N;
   int32_t first_segment, num_segments;
-  MatrixArg C, C_in, row_dot_with;
+  MatrixArg C, C_in;
   const void* scale_m;  // of the whole sum; nullptr where each segment has its own
   uint32_t drop_threshold;
   float keep_scale;  // of the sum: 1 without dropout
   // The reduction's k blocks, those of all segments counted on, are shared out to splits: tiles of
   // their own, which follow those of the split before.
   int32_t k_per_split;
-  // The partials and row dots that reduce_partials sums: fp32, rows padded to 4. In units of
-  // kWorkspaceUnit bytes; -1: none, the tile stores C itself.
-  int32_t partials_at, row_dots_at;
+  // The partials of C that reduce_partials sums: fp32, rows padded to 4. In units of kWorkspaceUnit
+  // bytes; -1: none, the tile stores C itself.
+  int32_t partials_at;
   int32_t num_partials;
+  int32_t is_diagonal;  // C is (1,M)
 };
 
 constexpr int kWorkspaceUnit = 16;
@@ -54,12 +55,6 @@ RASA_HD constexpr int64_t partial_size(int64_t M, int64_t N) { return M * round_
 // Where row m of a split's partial (M,N) begins, in floats from partials_at on.
 RASA_HD constexpr int64_t partial_row(int split, int64_t M, int64_t N, int m) {
   return split * partial_size(M, N) + partial_size(m, N);
-}
-
-// A problem's row_dot has one partial for each split, tile column and warp column, in this order.
-// n: the warp's first column of C.
-RASA_HD constexpr int64_t row_dot_part(int split, int64_t N, int block_n, int warp_n, int n) {
-  return (split * round_up(N, block_n) + n) / warp_n;
 }
 
 struct KernelArgs {
@@ -105,7 +100,7 @@ struct ArgsBlock : KernelArgs {
 static_assert(sizeof(KernelArgs) == 32 && sizeof(ArgsBlock<kLargeArgBytes>) == kLargeArgBytes &&
                   sizeof(ArgsBlock<kSmallArgBytes>) == kSmallArgBytes,
               "data follows the header");
-static_assert(sizeof(SegmentArg) == 48 && sizeof(ProblemArg) == 72 && sizeof(Block) == 16,
+static_assert(sizeof(SegmentArg) == 48 && sizeof(ProblemArg) == 64 && sizeof(Block) == 16,
               "224 merges of two blocks each must fit two launches");
 
 }  // namespace rasa::cuda

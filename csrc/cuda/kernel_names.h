@@ -27,12 +27,22 @@ inline std::string kernel_name(ConfigId config, DType element, bool has_dropout)
   return name + type + (has_dropout ? " dropout" : "");
 }
 
-// The kernels of a program, one for each launch.
-inline std::vector<std::string> kernel_names(const Program& program, const DeviceInfo& device) {
+inline bool stores_partials(const Launch& launch) {
+  for (int i = 0; launch.config != ConfigId::kReduce && i < launch.args->num_problems; ++i) {
+    if (launch.args->problem(i).partials_at >= 0) return true;
+  }
+  return false;
+}
+
+// The kernels of a program, one for each launch. marks_splits: with ", split" after the name where
+// it stores partials.
+inline std::vector<std::string> kernel_names(const Program& program, const DeviceInfo& device,
+                                             bool marks_splits = false) {
   std::vector<std::string> names;
   for (const Group& group : program.groups) {
     for (const Launch& l : plan(program, group, device).launches) {
       names.push_back(kernel_name(l.config, l.element, l.has_dropout));
+      if (marks_splits && stores_partials(l)) names.back() += ", split";
     }
   }
   return names;

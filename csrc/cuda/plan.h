@@ -52,7 +52,6 @@ class GroupPlanner {
         if (!builder_.is_empty()) launch();
       }
     }
-    add_empty_row_dots();
     kernel_ = {ConfigId::kReduce, false};
     for (const Reduction& r : reductions_) add_reduction(r);
     if (!builder_.is_empty()) launch();
@@ -78,7 +77,6 @@ class GroupPlanner {
   struct Reduction {
     ProblemArg arg;
     Problem problem;
-    Block row_dot;  // C, where ptr is not null
   };
 
   const Segment* segments(const Problem& p) const {
@@ -117,9 +115,9 @@ class GroupPlanner {
   }
 
   ProblemShape shape(const Problem& p) const {
-    ProblemShape shape = {group_.layout,       p.M,   p.N,   0,
-                          p.num_segments,      false, false, p.row_dot != nullptr,
-                          p.drop_threshold > 0};
+    // A diagonal takes any kernel, in one tile or several.
+    ProblemShape shape = {group_.layout, p.is_diagonal ? 1 : p.M, p.N, 0, p.num_segments, false,
+                          false,         p.drop_threshold > 0};
     for (const Segment* s = segments(p); s < segments(p) + p.num_segments; ++s) {
       shape.max_K = std::max<int64_t>(shape.max_K, s->K);
       shape.scales_segments |= s->scale_m != nullptr && p.num_segments > 1;
@@ -148,6 +146,7 @@ class GroupPlanner {
     return int64_t{device_.num_sms} * blocks_per_sm(kernel_.config, kernel_.has_dropout);
   }
   int64_t num_tiles(const Problem& p) const {
+    if (p.is_diagonal) return ceil_div(p.M, tile().diagonal_block());
     return ceil_div(p.M, tile().block_m) * ceil_div(p.N, tile().block_n);
   }
   int32_t num_k(const Segment* segments, int32_t count) const {
@@ -177,19 +176,18 @@ class GroupPlanner {
     ProblemArg arg = {};
     arg.M = p.M;
     arg.N = p.N;
-    arg.partials_at = arg.row_dots_at = -1;
+    arg.is_diagonal = p.is_diagonal;
+    arg.partials_at = -1;
     if (p.num_segments == 1) arg.scale_m = segments(p)->scale_m;
     int32_t splits = 0;
     for (const Piece& piece : pieces) splits += piece.num_splits;
+    const int32_t C_rows = p.is_diagonal ? 1 : p.M;
     if (splits > 1) {
-      Reduction r = {arg, p, {}};
-      r.problem.row_dot_with = {};
+      arg.partials_at = allocate(splits * partial_size(C_rows, p.N));
+      Reduction r = {arg, p};
+      r.arg.M = C_rows;
       r.arg.num_partials = splits;
-      r.arg.partials_at = arg.partials_at = allocate(splits * partial_size(p.M, p.N));
       reductions_.push_back(r);
-    }
-    if (p.row_dot != nullptr) {
-      arg.row_dots_at = add_row_dot(p, splits * ceil_div(p.N, tile().block_n) * tile().warps_n);
     }
     for (const Piece& piece : pieces) {
       const bool is_split = piece.num_splits > 1;
@@ -197,7 +195,7 @@ class GroupPlanner {
       add_piece(arg, p, piece);
       if (arg.partials_at >= 0) {
         arg.partials_at +=
-            static_cast<int32_t>(piece.num_splits * partial_size(p.M, p.N) * 4 / kWorkspaceUnit);
+            static_cast<int32_t>(piece.num_splits * partial_size(C_rows, p.N) * 4 / kWorkspaceUnit);
       }
     }
   }
@@ -206,8 +204,8 @@ class GroupPlanner {
   void add_piece(const ProblemArg& arg, const Problem& p, const Piece& piece) {
     const Segment* first = program_.segments.data() + piece.first_segment;
     const auto added = [&] {
-      return builder_.add(arg, p, builder_.list(p.C), first, piece.num_segments,
-                          num_tiles(p) * piece.num_splits, arg_bytes(kernel_.config));
+      return builder_.add(arg, p, first, piece.num_segments, num_tiles(p) * piece.num_splits,
+                          arg_bytes(kernel_.config));
     };
     if (added()) return;
     if (!builder_.is_empty()) launch();
@@ -237,33 +235,10 @@ class GroupPlanner {
     return pieces;
   }
 
-  // A problem of one row. Returns where its partials are.
-  int32_t add_row_dot(const Problem& p, int64_t num_partials) {
-    Reduction r = {};
-    r.row_dot = {p.row_dot, 1, p.M};
-    r.problem.drop_threshold = p.drop_threshold;
-    r.arg.M = 1;
-    r.arg.N = p.M;
-    r.arg.num_partials = static_cast<int32_t>(num_partials);
-    r.arg.partials_at = allocate(num_partials * partial_size(1, p.M));
-    reductions_.push_back(r);
-    return r.arg.partials_at;
-  }
-
-  // Without columns there is no tile, and row_dot is zero.
-  void add_empty_row_dots() {
-    for (int32_t i = 0; i < group_.num_problems; ++i) {
-      const Problem& p = problem(i);
-      if (p.M > 0 && p.N == 0 && p.row_dot != nullptr) add_row_dot(p, 0);
-    }
-  }
-
   void add_reduction(const Reduction& r) {
-    const BlockList C = r.row_dot.ptr == nullptr ? builder_.list(r.problem.C)
-                                                 : BlockList{&r.row_dot, 1, program_.scale_dtype};
     const int64_t tiles = num_reduce_tiles(r.arg.M, r.arg.N, r.arg.num_partials);
     const auto added = [&] {
-      return builder_.add(r.arg, r.problem, C, nullptr, 0, tiles, arg_bytes(kernel_.config));
+      return builder_.add(r.arg, r.problem, nullptr, 0, tiles, arg_bytes(kernel_.config));
     };
     if (added()) return;
     if (!builder_.is_empty()) launch();

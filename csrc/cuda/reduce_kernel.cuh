@@ -1,5 +1,5 @@
 // The second launch of a split reduction: C = C_in + keep_scale · scale_m ∘ Σ_p partial p, rounded
-// once. Also row_dot, as a problem of one row.
+// once. A diagonal is a problem of one row.
 //
 // The sum's order depends on num_partials alone, so results repeat bit by bit. A thread has 4
 // columns of one row. Where there are many partials of a short matrix, they are dealt out to

@@ -305,28 +305,57 @@ constexpr bool groups_hold() {
 }
 static_assert(groups_hold(), "every partial is added once");
 
-// row_dot's partials: one for each split, tile column and warp column, none shared.
-constexpr bool row_dots_hold(const TileConfig& tile, int N, int splits) {
-  const int tiles_n = static_cast<int>(ceil_div(N, tile.block_n));
-  int next = 0;
-  for (int split = 0; split < splits; ++split) {
-    for (int n = 0; n < tiles_n * tile.block_n; n += tile.warp_n()) {
-      if (row_dot_part(split, N, tile.block_n, tile.warp_n(), n) != next++) return false;
+// A diagonal of R elements: each is in the rows and columns of one warp of one of its tiles.
+constexpr bool diagonal_holds(const TileConfig& tile, int R) {
+  int times[1100] = {};
+  const int block = tile.diagonal_block();
+  for (int corner = 0; corner < ceil_div(R, block) * block; corner += block) {
+    for (int row = 0; row < tile.block_m && row < tile.block_n && corner + row < R; ++row) {
+      ++times[corner + row];
     }
   }
-  return next == splits * tiles_n * tile.warps_n;
+  for (int m = 0; m < R; ++m) {
+    if (times[m] != 1) return false;
+  }
+  return block % 16 == 0;  // tiles begin at whole chunks
 }
-constexpr bool all_row_dots_hold() {
+constexpr bool all_diagonals_hold() {
   for (int id = 0; id < kNumConfigs; ++id) {
     const TileConfig tile = tile_config(static_cast<ConfigId>(id));
     if (tile.layout != Layout::kTN || tile.walks) continue;
-    for (int N = 1; N <= 600; N += 13) {
-      if (!row_dots_hold(tile, N, 1) || !row_dots_hold(tile, N, 5)) return false;
+    for (const int R : {1, 39, 48, 49, 128, 156, 161, 1024}) {
+      if (!diagonal_holds(tile, R)) return false;
     }
   }
   return true;
 }
-static_assert(all_row_dots_hold(), "every part of row_dot has a place of its own");
+static_assert(all_diagonals_hold(), "every element of a diagonal is in one tile");
+
+// What a plan does not split, it does not split beside a diagonal either: that has no more k blocks
+// than the longest of its launch.
+constexpr bool beside_diagonal_holds(const TileConfig& tile, int64_t tiles, int32_t num_k) {
+  for (const int64_t diagonal : {1, 4}) {
+    const SplitWork work[] = {{tiles, num_k}, {diagonal, num_k}};
+    for (const int32_t num_sms : {108, 132}) {
+      const DeviceInfo device = {num_sms, kLargeSmemBytes};
+      const int32_t alone = choose_k_per_split(work, 1, tile, device, num_sms);
+      const int32_t beside = choose_k_per_split(work, 2, tile, device, num_sms);
+      if (num_splits(num_k, alone) == 1 && num_splits(num_k, beside) > 1) return false;
+    }
+  }
+  return true;
+}
+constexpr bool all_beside_diagonals_hold() {
+  for (const ConfigId id : {ConfigId::kWgrad48, ConfigId::kWgrad160, ConfigId::kF32Wgrad160}) {
+    for (const int64_t tiles : {1, 7, 30, 53, 65, 107, 131}) {
+      for (const int32_t num_k : {1, 9, 20, 64, 130}) {
+        if (!beside_diagonal_holds(tile_config(id), tiles, num_k)) return false;
+      }
+    }
+  }
+  return true;
+}
+static_assert(all_beside_diagonals_hold(), "a diagonal makes no plan split");
 
 // The plan's choice, for every config and GPU: no more splits than there are k blocks or than
 // kMaxSplits, and none of a reduction that is never split.

@@ -212,8 +212,7 @@ static_assert(fragments_hold(), "ldmatrix's results are in the order of mma's op
 
 // Splits of M × N with a reduction over K, on a GPU of 132 SMs.
 constexpr int splits_of(Layout layout, int64_t M, int64_t N, int64_t K) {
-  const ConfigId id =
-      select_config({layout, M, N, K, 1, false, false, false, false}, kLargeSmemBytes);
+  const ConfigId id = select_config({layout, M, N, K, 1, false, false, false}, kLargeSmemBytes);
   const TileConfig tile = tile_config(id);
   const SplitWork work = {ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n),
                           static_cast<int32_t>(ceil_div(K, tile.block_k))};
@@ -252,7 +251,7 @@ constexpr bool serves(ConfigId id, const ProblemShape& p, bool has_dropout, int 
   return c.layout == p.layout && c.smem_bytes() <= smem_bytes && is_for(id, smem_bytes) &&
          c.scales_segments == p.scales_segments && c.element_bytes == element_bytes &&
          !c.splits_operands && (!c.walks || (p.num_segments == 1 && p.max_K <= c.block_k)) &&
-         !(is_merge(id) && (p.has_row_dot || p.has_dropout)) &&
+         !(is_merge(id) && p.has_dropout) &&
          (has_dropout ? has_dropout_kernel(id) : !p.has_dropout && has_plain_kernel(id));
 }
 // For problems of every form and size, and in each GPU's memory.
@@ -264,8 +263,7 @@ constexpr bool choice_holds(const ProblemShape& p, int element_bytes) {
   return true;
 }
 constexpr ProblemShape test_shape(Layout layout, int64_t M, int64_t N, int64_t K, int bits) {
-  return {layout,          M,         N, K, 1 + bits % 2, bits % 4 == 3, (bits & 4) != 0,
-          (bits & 8) != 0, bits >= 16};
+  return {layout, M, N, K, 1 + bits % 2, bits % 4 == 3, (bits & 4) != 0, bits >= 8};
 }
 constexpr bool choices_hold(int element_bytes) {
   const int64_t sizes[] = {1, 48, 80, 96, 128, 160, 161, 4096};
@@ -273,7 +271,7 @@ constexpr bool choices_hold(int element_bytes) {
     for (const int64_t M : sizes) {
       for (const int64_t N : sizes) {
         for (const int64_t K : {0, 48, 80, 81, 161}) {
-          for (int bits = 0; bits < 32; ++bits) {
+          for (int bits = 0; bits < 16; ++bits) {
             if (!choice_holds(test_shape(layout, M, N, K, bits), element_bytes)) return false;
           }
         }
@@ -289,7 +287,7 @@ static_assert(choices_hold(4), "a config chosen for fp32 likewise");
 constexpr bool full_precision_holds() {
   constexpr TileConfig c = tile_config(ConfigId::kF32Merge);
   for (const int64_t size : {1, 39, 4096}) {
-    const ProblemShape p = {Layout::kTN, size, size, size, 1, false, true, false, false};
+    const ProblemShape p = {Layout::kTN, size, size, size, 1, false, true, false};
     if (select_f32_config(p, true) != ConfigId::kF32Merge || can_share_kernel(p, p)) return false;
   }
   return c.splits_operands && c.layout == Layout::kTN && c.element_bytes == 4 &&
@@ -315,10 +313,10 @@ constexpr bool all_sharing_holds(int element_bytes) {
   const int64_t sizes[] = {39, 156, 300};  // of the rank, be it M, N or K
   for (const Layout layout : {Layout::kNN, Layout::kNT, Layout::kTN}) {
     for (int i = 0; i < 9; ++i) {
-      for (int bits = 0; bits < 32 * 32; ++bits) {
+      for (int bits = 0; bits < 16 * 16; ++bits) {
         const int64_t R = sizes[i / 3], S = sizes[i % 3];
-        const ProblemShape a = test_shape(layout, R, R, R, bits / 32);
-        const ProblemShape b = test_shape(layout, S, S, S, bits % 32);
+        const ProblemShape a = test_shape(layout, R, R, R, bits / 16);
+        const ProblemShape b = test_shape(layout, S, S, S, bits % 16);
         if (!sharing_holds(a, b, element_bytes)) return false;
       }
     }
@@ -331,8 +329,8 @@ static_assert(all_sharing_holds(4), "an fp32 kernel that is shared likewise");
 constexpr int arg_bytes_of(Layout layout, int64_t M, int64_t N, int64_t K,
                            bool scales_segments = false, bool scales_k = false) {
   const int segments = scales_segments ? 2 : 1;
-  return arg_bytes(select_config(
-      {layout, M, N, K, segments, scales_segments, scales_k, false, false}, kLargeSmemBytes));
+  return arg_bytes(select_config({layout, M, N, K, segments, scales_segments, scales_k, false},
+                                 kLargeSmemBytes));
 }
 static_assert(arg_bytes_of(Layout::kNT, 4096, 40, 4096) == kSmallArgBytes &&
                   arg_bytes_of(Layout::kNN, 4096, 4096, 156) == kSmallArgBytes &&
@@ -345,15 +343,15 @@ static_assert(arg_bytes_of(Layout::kTN, 4096, 4096, 40, false, true) == kLargeAr
 
 constexpr bool rank_fits_one_tile(int64_t R) {
   for (const int64_t long_axis : {128, 4096}) {
-    const TileConfig shrink = tile_config(select_config(
-        {Layout::kNT, long_axis, R, 4096, 1, false, false, false, false}, kSmallSmemBytes));
-    const TileConfig wgrad = tile_config(select_config(
-        {Layout::kTN, R, long_axis, 4096, 1, false, false, false, false}, kSmallSmemBytes));
+    const TileConfig shrink = tile_config(
+        select_config({Layout::kNT, long_axis, R, 4096, 1, false, false, false}, kSmallSmemBytes));
+    const TileConfig wgrad = tile_config(
+        select_config({Layout::kTN, R, long_axis, 4096, 1, false, false, false}, kSmallSmemBytes));
     if (shrink.block_n < R || wgrad.block_m < R) return false;
     const TileConfig f32_shrink = tile_config(
-        select_f32_config({Layout::kNT, long_axis, R, 4096, 1, false, false, false, false}, false));
+        select_f32_config({Layout::kNT, long_axis, R, 4096, 1, false, false, false}, false));
     const TileConfig f32_wgrad = tile_config(
-        select_f32_config({Layout::kTN, R, long_axis, 4096, 1, false, false, false, false}, false));
+        select_f32_config({Layout::kTN, R, long_axis, 4096, 1, false, false, false}, false));
     if (f32_shrink.block_n < R || f32_wgrad.block_m < R) return false;
   }
   return true;

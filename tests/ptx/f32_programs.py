@@ -17,10 +17,11 @@ from ptx.gemm_programs import (
     Maker,
     backward_of_siblings,
     continued,
-    dotted,
+    diagonal,
     dropped,
     expand,
     forms,
+    gradients,
     in_place,
     merge,
     pool,
@@ -129,16 +130,8 @@ F32_GROUPS: list[Group] = [
         _f32(f"{layout}-continued-f32", layout, lambda layout=layout: continued(MAKE(), layout))
         for layout in ("TN", "NN")
     ),
-    _f32(
-        "row-dot-f32-drop",
-        "TN",
-        lambda: [dropped(dotted(m := MAKE(), wgrad(m, 70, 136, 78, (True, False))))],
-    ),
-    _f32(
-        "row-dot-alone-f32",
-        "TN",
-        lambda: [dotted(m := MAKE(), wgrad(m, 45, 72, 156, (False,) * 2))],
-    ),
+    *(_f32(f"diagonal-R{R}-f32", "TN", lambda R=R: [diagonal(MAKE(), 45, R)]) for R in (37, 148)),
+    _f32("gradients-R78-f32", "TN", lambda: gradients(MAKE(), 70, 72, 78)),
     _f32("backward-R156-f32", "TN", lambda: backward_of_siblings(156, (72,), False, F32)),
     _f32("backward-R156-f32-drop", "TN", lambda: backward_of_siblings(156, (72, 40), True, F32)),
     _f32("backward-R39-f32-drop", "TN", lambda: backward_of_siblings(39, (40, 24, 24), True, F32)),

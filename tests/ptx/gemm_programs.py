@@ -12,7 +12,7 @@ from torch import Tensor
 from ptx.planned_gemm import LARGE_SMEM, SMALL_SMEM, Device, ProblemCase, SegmentCase
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-SPLITTING = Device(num_sms=7, reduce_launch=0)
+SPLITTING, TWELVE_SMS = (Device(num_sms=n, reduce_launch=0) for n in (7, 12))
 NAMES = {BF16: "bf16", F16: "f16", F32: "f32"}
 # R = L·k + (r - k): (r, k) = (8, 1), (16, 2) and (32, 4) at L = 30 and 32, and odd ones.
 RANKS = {7: (0, 7), 14: (1, 13), 28: (16, 12)} | {
@@ -135,10 +135,16 @@ def dropped(case: ProblemCase, p: float = 0.3, one_seed: bool = False) -> Proble
     return replace(case, p=p, segments=segments)
 
 
-def dotted(m: Maker, case: ProblemCase) -> ProblemCase:
-    """The same with dd = Σ_n A ∘ (gᵀ · x)."""
-    weights = [m.matrix(t if isinstance(t, int) else t.shape[0], case.N, m.adapter) for t in case.C]
-    return replace(case, row_dot_with=weights, row_dot=m.empty(1, case.M, m.adapter)[0])
+def diagonal(m: Maker, tokens: int, R: int) -> ProblemCase:
+    """dd = the diagonal of gᵀ · s."""
+    g, s = (m.matrix(tokens, _round_up(R))[:, :R] for _ in range(2))
+    segments = [SegmentCase([g], [s], tokens)]
+    return ProblemCase(R, R, segments, [m.empty(1, R, m.adapter)], is_diagonal=True)
+
+
+def gradients(m: Maker, tokens: int, N: int, R: int) -> list[ProblemCase]:
+    """dBt, and dd beside it."""
+    return [wgrad(m, tokens, N, R, (True, True)), diagonal(m, tokens, R)]
 
 
 def strided(m: Maker, extra: int) -> Maker:
@@ -235,10 +241,14 @@ def _merged_twice(dtype: torch.dtype) -> list[ProblemCase]:
 
 
 def backward_of_siblings(
-    R: int, features: tuple[int, ...], drops: bool, dtype: torch.dtype = BF16
+    R: int,
+    features: tuple[int, ...],
+    drops: bool,
+    dtype: torch.dtype = BF16,
+    tokens: int = 100,
 ) -> list[ProblemCase]:
     """dA of all layers that share x, with gaps between their ranks; dBt and dd of each."""
-    m, tokens, width = Maker(dtype), 100, _round_up(R)
+    m, width = Maker(dtype), _round_up(R)
     rows = width * (len(features) - 1) + R
     out: list[Tensor | int] = []
     for i in range(len(features)):
@@ -246,8 +256,8 @@ def backward_of_siblings(
         out += [width - R] if i + 1 < len(features) and width > R else []
     g, x = m.matrix(tokens, rows), m.matrix(tokens, 136)
     dA = ProblemCase(rows, 136, [SegmentCase([g], [x], tokens, scale_m=m.scale(rows))], out)
-    dBts = [dotted(m, wgrad(m, tokens, N, R, (True, True))) for N in features]
-    return [dropped(dA) if drops else dA, *dBts]
+    others = [case for N in features for case in gradients(m, tokens, N, R)]
+    return [dropped(dA) if drops else dA, *others]
 
 
 def pool(rows: int, layers: int, dtype: torch.dtype, drops: bool = True) -> list[ProblemCase]:
@@ -286,13 +296,13 @@ def splits(R: int, long: int, short: int, dtype: torch.dtype, drops: bool) -> li
     def wgrads() -> list[ProblemCase]:
         m = Maker(dtype)
         cases = [wgrad(m, short, 72, R, (False, True)), wgrad(m, long, 136, R, (True, True))]
-        cases = [dotted(m, case) for case in cases]
-        return [dropped(case) if drops else case for case in cases]
+        cases = [dropped(case) if drops else case for case in cases]
+        return [*cases, diagonal(m, long, R)]
 
     types, name = (dtype, dtype, SPLITTING), f"R{R}-{NAMES[dtype]}" + ("-drop" if drops else "")
     return [
         Group(f"shrink-split-{name}", "NT", shrinks, *types),
-        Group(f"wgrad-split-{name}", "TN", wgrads, *types),
+        Group(f"wgrad-split-{name}", "TN", wgrads, dtype, dtype, TWELVE_SMS),
     ]
 
 
@@ -316,27 +326,36 @@ def _empty() -> list[ProblemCase]:
     return [*cases, nothing, expand(m, 9, 24, 14)]
 
 
-def _row_dots() -> list[Group]:
-    def make(wanted: tuple[bool, bool], M: int = 100, N: int = 152) -> ProblemCase:
-        m = Maker()
-        return dotted(m, wgrad(m, M, N, 39, wanted))
+def _diagonals() -> list[Group]:
+    """Alone, beside problems of every kernel, of more ranks than a tile holds, and split."""
 
-    f32 = Maker(BF16, F32)
+    def alone(name: str, tokens: int, R: int, make: Callable[[], Maker] = Maker) -> Group:
+        m = make()
+        return Group(
+            f"diagonal-{name}", "TN", lambda: [diagonal(make(), tokens, R)], m.dtype, m.adapter
+        )
+
+    def split() -> list[ProblemCase]:
+        m = Maker()
+        return [diagonal(m, 900, 39), diagonal(m, 700, 78), diagonal(m, 40, 7)]
+
+    def wide() -> list[ProblemCase]:
+        m = Maker()
+        return [wgrad(m, 40, 40, 156, (True, True)), diagonal(m, 70, 600)]
+
     return [
-        Group("row-dot", "TN", lambda: [make((True, True))]),
-        Group("row-dot-alone", "TN", lambda: [make((False, False))]),
-        Group("row-dot-drop", "TN", lambda: [dropped(make((True, False)))]),
-        Group("row-dot-one-column", "TN", lambda: [make((True, True), N=1)]),
-        Group("row-dot-no-column", "TN", lambda: [make((True, True), N=0)]),
-        Group("row-dot-no-token", "TN", lambda: [make((True, True), M=0)]),
-        Group("row-dot-wide", "TN", lambda: [make((True, True), 30, 1100)]),
+        *(alone(f"R{R}", 100, R) for R in (7, 39, 148)),
+        alone("R148-f16", 70, 148, lambda: Maker(F16)),
+        alone("f32-adapter", 70, 78, lambda: Maker(BF16, F32)),
+        alone("odd-stride", 33, 39, lambda: strided(Maker(), 3)),
+        alone("one-token", 1, 39),
+        alone("no-token", 0, 39),
+        alone("R600", 40, 600),
+        Group("diagonal-beside-wider-tiles", "TN", wide),
         Group(
-            "row-dot-f32",
-            "TN",
-            lambda: [dotted(f32, wgrad(f32, 70, 136, 78, (True, True)))],
-            BF16,
-            F32,
+            "diagonal-beside-wgrad", "TN", lambda: gradients(Maker(F16, F32), 70, 72, 78), F16, F32
         ),
+        Group("diagonal-split", "TN", split, device=TWELVE_SMS),
     ]
 
 
@@ -391,7 +410,7 @@ GROUPS: list[Group] = [
         F16,
         F16,
     ),
-    *_row_dots(),
+    *_diagonals(),
     *splits(39, 520, 392, BF16, drops=True),
     *splits(37, 520, 392, F16, drops=False),
     *splits(78, 712, 392, F16, drops=True),

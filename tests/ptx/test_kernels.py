@@ -19,6 +19,7 @@ from ptx.gemm_programs import (
     Group,
     Maker,
     backward_of_siblings,
+    diagonal,
     dropped,
     expand,
     merge,
@@ -110,7 +111,7 @@ def test_224_merges_take_two_launches() -> None:
         Group("merges", "TN", lambda: deltas(224, 168)),
         full_precision("merges-f32", lambda: deltas(224, 168, F32)),
     ):
-        assert [launch.num_problems for launch in plan(group).launches] == [148, 76]
+        assert [launch.num_problems for launch in plan(group).launches] == [154, 70]
 
 
 def test_224_merges_in_full_precision_are_right(module: Module) -> None:
@@ -139,7 +140,7 @@ def test_problems_that_fill_one_launch_continue_in_the_next(module: Module) -> N
         return [wgrad(m, 40, 24, 14, (True, True)) for _ in range(40)]
 
     planned = run_and_check(module, Group("gradients", "TN", make), ADVERSARIAL[0])
-    assert [launch.num_problems for launch in planned.launches] == [21, 19]
+    assert [launch.num_problems for launch in planned.launches] == [22, 18]
 
 
 def test_problems_of_different_forms_share_a_group(module: Module) -> None:
@@ -158,17 +159,31 @@ def test_problems_of_different_forms_share_a_group(module: Module) -> None:
 @pytest.mark.parametrize("features", [(40,), (72, 40), (72, 40, 40)])
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("R", [37, 39, 74, 78, 148, 156])
-def test_gradients_of_a_layer_and_of_siblings_take_one_launch_and_a_sum(
+def test_gradients_of_a_layer_and_of_siblings_take_one_launch(
     R: int, drops: bool, features: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """dA, and dBt of each layer, whose ranks are fewer; dd is summed over tiles of features."""
-    cases = backward_of_siblings(R, features, drops, dtype)
-    planned = plan(Group("", "TN", lambda: cases, dtype, dtype))
-    assert [launch.num_problems for launch in planned.launches] == [
-        1 + len(features),
-        len(features),
-    ]
-    assert planned.launches[0].has_dropout == drops
+    """dA; dBt and dd of each layer, whose ranks are fewer. Where they are split, all are."""
+    cases = backward_of_siblings(R, features, drops, dtype, tokens=1000)
+    count = 1 + 2 * len(features)
+    for device, sums in ((Device(reduce_launch=1e9), []), (Device(1000, reduce_launch=0), [count])):
+        planned = plan(Group("", "TN", lambda: cases, dtype, dtype, device))
+        assert [launch.num_problems for launch in planned.launches] == [count, *sums]
+        assert planned.launches[0].has_dropout == drops
+        assert (planned.workspace_bytes > 0) == bool(sums)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("R", [7, 39, 78, 156, 1024])
+def test_a_diagonal_takes_few_tiles_of_the_kernel_of_the_others(R: int, dtype: torch.dtype) -> None:
+    """Tiles that begin on it, not all R x R, and no kernel wider than its neighbours need."""
+    m = Maker(dtype)
+    alone = [wgrad(m, 40, 72, 39, (True, True))]
+    beside = [*alone, diagonal(m, 40, R)]
+    device = Device(num_sms=1000, reduce_launch=1e9)
+    plans = [plan(Group("", "TN", lambda c=c: c, dtype, dtype, device)) for c in (alone, beside)]
+    (without,), (together,) = (planned.launches for planned in plans)
+    assert together.config == without.config
+    assert together.grid == without.grid + -(-R // configs()[without.config].block_m)
 
 
 def test_gradients_of_many_layers_keep_the_kernels_of_their_ranks() -> None:
@@ -244,7 +259,7 @@ def test_what_no_kernel_does_is_refused() -> None:
     m = Maker()
     rows = [m.matrix(1, 8) for _ in range(2040)]
     many = ProblemCase(2040, 8, [SegmentCase(rows, [m.matrix(8, 8)], 8)], [m.empty(2040, 8)])
-    with pytest.raises(ValueError, match="at most 2037 row blocks"):
+    with pytest.raises(ValueError, match="at most 2038 row blocks"):
         Planned("NN", m.dtype, [many], m.dtype)
 
 
