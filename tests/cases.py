@@ -27,7 +27,7 @@ CASES = [
     Case("edge_below", 63, 31, 15, 7, 9, strided=True),  # one short of a tile in every dimension
     Case("edge_above", 65, 65, 129, 17, 33),
     Case("prime", 97, 101, 103, 13, 37, strided=True),
-    Case("rank_one", 56, 40, 30, 1, 0),
+    Case("rank_one", 50, 40, 30, 1, 0),
     Case("no_shared", 64, 128, 96, 16, 0),
     Case("no_private", 64, 128, 96, 0, 32, strided=True),
     Case("no_ranks", 5, 16, 12, 0, 0),
