@@ -105,6 +105,13 @@ def finetune_rates(dataset: str) -> str:
     return finetune_quality.tuning_table(dataset, read(f"*_finetune_{dataset}.json")["runs"])
 
 
+def robustness() -> str:
+    """Return what `make robustness` tried, and its verdicts."""
+    record = read("robustness.json")
+    parts = (tables.verdict_table(record), tables.input_table(record))
+    return origin(record) + "\n\n".join(parts)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step-summary": lambda: step_summary("*_step_8_layers.json"),
     "step": lambda: step_table("*_step_8_layers.json"),
@@ -121,6 +128,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "finetune-rates": lambda: finetune_rates("gsm_symbolic"),
     "finetune-code": lambda: finetune_losses("code"),
     "finetune-code-rates": lambda: finetune_rates("code"),
+    "robustness": robustness,
     "modelled-r8k1": lambda: roofline.modelled_table(read("modelled_r8k1_*.json")),
     "modelled-r32k4": lambda: roofline.modelled_table(read("modelled_r32k4_*.json")),
 }

@@ -33,7 +33,8 @@ def counted(outcomes: Counter[str]) -> dict[str, Any]:
     """The counts of random inputs, with a verdict."""
     wrong = outcomes["WRONG"] + outcomes["CRASH"]
     tried = {"tried": sum(outcomes.values()), "outcomes": dict(sorted(outcomes.items()))}
-    return tried | {"verdict": f"{wrong} wrong" if wrong else "as specified"}
+    fault = f"{wrong} wrong" if wrong else "" if outcomes else "nothing tried"
+    return tried | {"verdict": fault or "as specified"}
 
 
 def sanitized() -> dict[str, Any]:
@@ -76,9 +77,7 @@ def main() -> int:
         counts = ", ".join(f"{k} {v}" for k, v in results[name].items() if k != "verdict")
         print(f"{name}: {results[name]['verdict']} ({counts})", flush=True)
     report.write_json(args.json, settings, results)
-    failed = [
-        n for n, r in results.items() if r["verdict"] not in ("flat", "as specified", "clean")
-    ]
+    failed = [name for name, result in results.items() if result["verdict"] not in GOOD]
     print(f"robustness: {'FAILED: ' + ', '.join(failed) if failed else 'passed'}")
     return int(bool(failed))
 
