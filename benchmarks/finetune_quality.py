@@ -43,7 +43,7 @@ MODEL_LAYERS = 30
 # Few problems are held out of HumanEval, since it has few in all.
 PRESETS = {
     "gsm_symbolic": {"steps": 32, "validation_problems": 16, "test_problems": 48},
-    "code": {"steps": 20, "validation_problems": 16, "test_problems": 36},
+    "code": {"steps": 24, "validation_problems": 16, "test_problems": 36},
 }
 MOST_RATES = 12
 
