@@ -128,7 +128,7 @@ def verdict_table(record: dict[str, Any]) -> str:
             "soak",
             f"{soak['steps']:,} steps, {soak['ranks_pruned']:,} ranks pruned, "
             f"{soak['ranks_grown']:,} grown; {soak['live_tensors_more']} tensors and "
-            f"{soak['resident_MiB_more_in_second_half']} MiB more in the second half",
+            f"{soak['allocated_MiB_more_in_second_half']} MiB more in the second half",
             soak["verdict"],
         ],
     ]
