@@ -82,11 +82,9 @@ def main() -> int:
         parts = {name: part for name, part in parts.items() if name in args.only}
     print(report.heading())
     for name, part in parts.items():
-        start = time.perf_counter()
-        results[name] = part() | {
-            "seconds": round(time.perf_counter() - start),
-            "commit": report.commit(),
-        }
+        start, commit = time.perf_counter(), report.commit()
+        results[name] = part() | {"commit": commit}
+        results[name]["seconds"] = round(time.perf_counter() - start)
         counts = ", ".join(f"{k} {v}" for k, v in results[name].items() if k != "verdict")
         print(f"{name}: {results[name]['verdict']} ({counts})", flush=True)
     report.write_json(args.json, {"seed": args.seed}, results)

@@ -113,7 +113,7 @@ class Counting(rasa_ext.RankAllocator):
 
 
 def train(steps: int, warm: int, every: int) -> tuple[Counting, float, list[tuple[int, int]]]:
-    """Train from the seed; return allocator, loss, and (live tensors, allocated bytes) by sample."""
+    """Train from the seed; return allocator, loss, and live tensors and bytes by sample."""
     torch.manual_seed(0)
     model = Model()
     rasa_ext.apply(model, r=4, k=1, alpha=4, dropout=0.1, gates=True)
