@@ -136,4 +136,7 @@ def verdict_table(record: dict[str, Any]) -> str:
     if sanitizers is not None:
         done = f"{sanitizers.get('tests', 0):,} tests, {sanitizers.get('calls', 0):,} calls"
         rows.append(["ASan and UBSan", done, sanitizers["verdict"]])
-    return table(["part", "what was done", "verdict"], rows)
+    parts = ("calls", "files", "soak", "sanitizers")
+    commits = [record[part]["commit"] for part in parts if part in record]
+    rows = [[*row, commit] for row, commit in zip(rows, commits, strict=True)]
+    return table(["part", "what was done", "verdict", "at commit"], rows)
