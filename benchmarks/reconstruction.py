@@ -37,7 +37,7 @@ from shared_factors import (
     sweeps,
 )
 from torch import Tensor
-from training_runs import RunFile, folder_of, load, load_problems, train
+from training_runs import RunFile, folder_of, load, load_problems, mean_loss, train
 
 STARTS = ("lora", "random")
 TARGETS = r"(q|k|v|o|gate|up|down)_proj\.weight$"
@@ -106,8 +106,9 @@ def update(args: argparse.Namespace) -> dict[str, Tensor]:
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=UPDATE_LR, weight_decay=0.0)
     problems = load_problems("gsm_symbolic", folder, 0, runs)
+    loss_before = mean_loss(model, problems.test)
     result = train(model, optimizer, problems, runs, lr=UPDATE_LR, seed=0)
-    print(f"update: held-out loss {result['before']:.3f} -> {result['test']:.3f}", flush=True)
+    print(f"update: held-out loss {loss_before:.3f} -> {result['test']:.3f}", flush=True)
     return by_kind({name: p.detach() - before[name] for name, p in trained.items()})
 
 

@@ -1,4 +1,4 @@
-"""The results of bench.py as Markdown tables: for the terminal, and for the README."""
+"""Results of bench.py and of tests/robustness as Markdown tables."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ FIGURES = {
     "rasa p=0 / lora p=0": {"fp32": 1.05, "bf16": 0.95},
 }
 MEMORY_FIGURE = 1.00
+# How a random input of tests/robustness may end; anything else is a failure with a row of its own.
+ENDINGS = {"right": 0, "loaded": 0, "special values": 1, "refused": 2}
 
 
 def layer_table(results: list[dict[str, Any]]) -> str:
@@ -113,3 +115,42 @@ def figures_table(results: dict[str, Any]) -> str:
             row = ["peak memory, rasa / lora", dtype, f"{value:.2f}", f"{MEMORY_FIGURE:.2f}"]
             rows.append([*row, verdict])
     return table(["quotient", "dtype", "measured", "at most", ""], rows)
+
+
+def input_table(record: dict[str, Any]) -> str:
+    """One row for each kind of random input: how many were tried, and how they ended."""
+    rows = []
+    for part, label in (("calls", "call of {}"), ("files", "adapter file: {}")):
+        counts: dict[str, list[int]] = {}
+        for outcome, count in record[part]["outcomes"].items():
+            ending = next((e for e in ENDINGS if outcome.endswith(f" {e}")), "")
+            row = counts.setdefault(outcome.removesuffix(f" {ending}"), [0, 0, 0, 0])
+            row[ENDINGS.get(ending, 3)] += count
+        for kind, row in sorted(counts.items()):
+            rows.append([label.format(kind), f"{sum(row):,}", *(f"{n:,}" for n in row)])
+    ends = ["right", "right, with NaN, ∞ or overflow", "refused", "wrong"]
+    return table(["random input", "tried", *ends], rows)
+
+
+def verdict_table(record: dict[str, Any]) -> str:
+    """One row for each part of tests/robustness that was run."""
+    soak = record["soak"]
+    rows = [
+        ["calls of the ops", f"{record['calls']['tried']:,} calls", record["calls"]["verdict"]],
+        ["damaged adapters", f"{record['files']['tried']:,} files", record["files"]["verdict"]],
+        [
+            "soak",
+            f"{soak['steps']:,} steps, {soak['ranks_pruned']:,} ranks pruned, "
+            f"{soak['ranks_grown']:,} grown; {soak['live_tensors_more']} tensors and "
+            f"{soak['allocated_MiB_more_in_second_half']} MiB more in the second half",
+            soak["verdict"],
+        ],
+    ]
+    sanitizers = record.get("sanitizers")
+    if sanitizers is not None:
+        done = f"{sanitizers.get('tests', 0):,} tests, {sanitizers.get('calls', 0):,} calls"
+        rows.append(["ASan and UBSan", done, sanitizers["verdict"]])
+    parts = ("calls", "files", "soak", "sanitizers")
+    commits = [record[part]["commit"] for part in parts if part in record]
+    rows = [[*row, commit] for row, commit in zip(rows, commits, strict=True)]
+    return table(["part", "what was done", "verdict", "at commit"], rows)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
 from code_problems import code_examples, epochs  # noqa: E402
+from evaluation import exact_match  # noqa: E402
 from gsm_symbolic import IGNORED, Batch, Example, GsmSymbolic, collate, pad_token  # noqa: E402
 from language_model import DTYPES, load_model, load_tokenizer  # noqa: E402
 from smollm2 import model_folder  # noqa: E402
@@ -74,17 +75,22 @@ def folder_of(args: argparse.Namespace) -> Path:
 
 @dataclass(frozen=True)
 class Problems:
-    """Batches of one data set: of training by step, and the two held-out parts."""
+    """Batches of one data set: of training by step, and the two held-out parts.
+
+    answerable: the test part as problems to answer, where a reply can be scored.
+    """
 
     training: Callable[[int], Batch]
     validation: list[Batch]
     test: list[Batch]
+    answerable: GsmSymbolic | None
 
 
 def load_problems(dataset: str, folder: Path, seed: int, args: argparse.Namespace) -> Problems:
     """Return a data set's problems; `seed` draws those of training alone."""
     tokenizer = load_tokenizer(folder)
-    held_out = args.validation_problems + args.test_problems
+    held_out, cut = args.validation_problems + args.test_problems, args.validation_problems
+    answerable = None
     if dataset == "gsm_symbolic":
         data = GsmSymbolic(
             tokenizer,
@@ -94,7 +100,8 @@ def load_problems(dataset: str, folder: Path, seed: int, args: argparse.Namespac
             held_out=held_out,
             held_out_seed=0,
         )
-        examples = data.held_out
+        examples, answerable = data.held_out, data
+        data.held_out = examples[cut:]
 
         def training(step: int) -> Batch:
             return data.training_batches(step, 1)[0]
@@ -119,8 +126,7 @@ def load_problems(dataset: str, folder: Path, seed: int, args: argparse.Namespac
         starts = range(0, len(part), EVALUATION_BATCH)
         return [collate(part[i : i + EVALUATION_BATCH], pad_token(tokenizer)) for i in starts]
 
-    cut = args.validation_problems
-    return Problems(training, batches(examples[:cut]), batches(examples[cut:]))
+    return Problems(training, batches(examples[:cut]), batches(examples[cut:]), answerable)
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -147,6 +153,16 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     return total / tokens
 
 
+def exact_matches(model: nn.Module, problems: Problems) -> dict[str, int]:
+    """Return how many test problems were answered, greedily, and rightly; {} without a score."""
+    data = problems.answerable
+    if data is None:
+        return {}
+    answered = len(data.held_out)
+    share, _ = exact_match(model, data, torch.device("cpu"), answered)
+    return {"answered": answered, "right": round(share * answered)}
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -164,7 +180,6 @@ def train(
     """
     schedule = argparse.Namespace(steps=args.steps, lr=lr)
     losses, seconds, in_allocator = [], 0.0, 0.0
-    before = mean_loss(model, problems.test)
     model.train()
     for step in range(args.steps):
         batch = problems.training(step)
@@ -185,7 +200,6 @@ def train(
         seconds += time.perf_counter() - start
     tail = losses[-max(1, args.steps // 10) :]
     return {
-        "before": before,
         "validation": mean_loss(model, problems.validation) if problems.validation else None,
         "test": mean_loss(model, problems.test),
         "train_loss": statistics.mean(tail),
@@ -231,10 +245,10 @@ class RunFile:
         return result
 
 
-def mean_and_deviation(values: list[float]) -> str:
+def mean_and_deviation(values: list[float], digits: int = 4) -> str:
     """`mean ± standard deviation`; the mean alone of one value."""
-    mean = statistics.mean(values)
-    return f"{mean:.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def smooth_mean(curves: list[list[float]], window: int) -> list[float]:

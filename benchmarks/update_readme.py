@@ -98,9 +98,24 @@ def l1ra_runs() -> list[dict[str, Any]]:
     return runs
 
 
-def finetune_runs() -> dict[str, dict[str, Any]]:
-    """Return the runs of RaSA and LoRA."""
-    return finetune_quality.by_dataset(read("*_finetune_quality.json")["runs"])
+def finetune_losses(dataset: str) -> str:
+    """Return what RaSA and LoRA came to on one data set."""
+    record = read(f"*_finetune_{dataset}.json")
+    runs = record["runs"]
+    text = finetune_quality.description(record["settings"], runs)
+    return text + finetune_quality.loss_table(dataset, runs)
+
+
+def finetune_rates(dataset: str) -> str:
+    """Return the validation losses that chose the learning rates."""
+    return finetune_quality.tuning_table(dataset, read(f"*_finetune_{dataset}.json")["runs"])
+
+
+def robustness() -> str:
+    """Return what `make robustness` tried, and its verdicts."""
+    record = read("robustness.json")
+    parts = (tables.verdict_table(record), tables.input_table(record))
+    return origin(record) + "\n\n".join(parts)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -116,8 +131,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "reconstruction-lora": lambda: reconstruction_ratios("lora"),
     "reconstruction-random": lambda: reconstruction_ratios("random"),
     "l1ra": lambda: l1ra.loss_table(l1ra_runs()) + "\n\n" + l1ra.rank_table(l1ra_runs()),
-    "finetune": lambda: finetune_quality.loss_table(finetune_runs()),
-    "finetune-rates": lambda: finetune_quality.tuning_table(finetune_runs()),
+    "finetune": lambda: finetune_losses("gsm_symbolic"),
+    "finetune-rates": lambda: finetune_rates("gsm_symbolic"),
+    "finetune-code": lambda: finetune_losses("code"),
+    "finetune-code-rates": lambda: finetune_rates("code"),
+    "robustness": robustness,
     "modelled-r8k1": lambda: roofline.modelled_table(read("modelled_r8k1_*.json")),
     "modelled-r32k4": lambda: roofline.modelled_table(read("modelled_r32k4_*.json")),
 }

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 # What a reply may have beyond the longest worked answer; it is scored as it stands at that length.
 SPARE_TOKENS = 32
+# Problems answered at once: writing a token reads all weights, however many there are.
+ANSWER_BATCH = 48
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -47,8 +49,8 @@ def exact_match(
     right, first_reply = 0, ""
     examples = data.held_out[:problems]
     longest = max(len(example.answer) for example in data.held_out)
-    for start in range(0, len(examples), 16):
-        chunk = examples[start : start + 16]
+    for start in range(0, len(examples), ANSWER_BATCH):
+        chunk = examples[start : start + ANSWER_BATCH]
         input_ids, attention_mask = (t.to(device) for t in data.prompts(chunk))
         output = model.generate(
             input_ids=input_ids,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hf_models import byte_llama
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "examples")]
 
 import code_problems  # noqa: E402
 import finetune_quality  # noqa: E402
@@ -87,32 +88,80 @@ def test_stopped_benchmark_goes_on_where_it_stopped(folder, tmp_path, monkeypatc
         run(l1ra, monkeypatch, folder, path, "--lr", 1)
 
 
-def test_finetune_command_runs_all_rates_then_all_seeds_at_the_best(
-    folder, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("dataset", training_runs.DATASETS)
+def test_finetune_command_runs_one_grid_then_all_seeds_at_the_best(
+    dataset, folder, tmp_path, monkeypatch, capsys
 ):
     path = tmp_path / "quality.json"
-    words = ["--lr", 1e-2, 1e-9, "--validation-problems", 2]
-    record = run(finetune_quality, monkeypatch, folder, path, *words)
-    cells = [(r["dataset"], r["method"], r["lr"], r["seed"]) for r in record["runs"]]
-    both = [(d, m) for d in training_runs.DATASETS for m in finetune_quality.METHODS]
-    assert set(cells) == {(*cell, *at) for cell in both for at in ((1e-2, 0), (1e-9, 0), (1e-2, 1))}
-    parameters = {r["method"]: r["parameters"] for r in record["runs"]}
+    words = ["--lr", 1e-2, 2e-2, 4e-2, "--validation-problems", 2]
+    record = run(finetune_quality, monkeypatch, folder, path, dataset, *words)
+    base, *runs = record["runs"]
+    assert base["method"] == "base" and base["test"] > 0
+    for method in finetune_quality.METHODS:
+        mine = [r for r in runs if r["method"] == method]
+        rates = sorted(r["lr"] for r in mine if r["seed"] == 0)
+        assert {1e-2, 2e-2, 4e-2} <= set(rates)
+        assert rates == pytest.approx([rates[0] * 2**i for i in range(len(rates))])
+        best = finetune_quality.by_method(record["runs"])[method]["lr"]
+        assert rates[0] < best < rates[-1]
+        assert [(r["lr"], r["seed"]) for r in mine if r["seed"]] == [(best, 1)]
+    parameters = {r["method"]: r["parameters"] for r in runs}
     gates = 7 * 2 * (2 + 3)  # seven kinds, two layers, Rs = 2 and Rp = 3
     assert parameters["rasa"] == parameters["lora"] + gates
     printed = capsys.readouterr().out
-    assert "| code rasa − lora" in printed and "R = 5" in printed
+    assert f"| {dataset} rasa − lora" in printed and "R = 5" in printed
+    assert ("right of 3 |" in printed) == (dataset == "gsm_symbolic")
     assert path.with_suffix(".png").stat().st_size > 0
 
 
-def test_a_rate_that_diverges_is_not_chosen(monkeypatch, tmp_path):
-    def measure(dataset, method, lr, seed, folder, args):
-        return {"validation": math.nan if lr == 1 else 2.0}
+def tuned(losses):
+    """The best rates of methods with these losses by rate, and all rates tried for each."""
+    tried = {method: set() for method in finetune_quality.METHODS}
 
-    monkeypatch.setattr(finetune_quality, "measure", measure)
-    file = training_runs.RunFile(tmp_path / "runs.json", {})
-    args = argparse.Namespace(datasets=["code"], lr=[1, 0.1], seeds=1)
-    results = finetune_quality.run_all(file, tmp_path, args)
-    assert results["code"]["lora"]["lr"] == results["code"]["rasa"]["lr"] == 0.1
+    def run(method, lr, seed):
+        tried[method].add(lr)
+        return {"lr": lr, "validation": losses[method](lr)}
+
+    return finetune_quality.tune(run, [0.5, 1.0, 2.0]), tried
+
+
+@pytest.mark.parametrize(
+    ("best", "grid"),
+    [(0.125, {0.0625, 0.125, 0.25, 0.5, 1.0, 2.0}), (8.0, {0.5, 1.0, 2.0, 4.0, 8.0, 16.0})],
+)
+def test_grid_grows_for_both_methods_until_no_best_is_at_an_edge(best, grid):
+    losses = {"lora": lambda lr: abs(lr - 1.0), "rasa": lambda lr: abs(lr - best)}
+    found, tried = tuned(losses)
+    assert found == {"lora": 1.0, "rasa": best}
+    assert tried == {"lora": grid, "rasa": grid}
+
+
+def test_a_rate_that_diverges_is_not_chosen():
+    losses = {m: lambda lr: math.nan if lr >= 1 else abs(lr - 0.5) for m in ("lora", "rasa")}
+    assert tuned(losses)[0] == {"lora": 0.5, "rasa": 0.5}
+
+
+def test_a_grid_without_a_best_inside_it_ends():
+    with pytest.raises(SystemExit, match="no best rate inside"):
+        tuned({method: lambda lr: -lr for method in ("lora", "rasa")})
+
+
+def test_right_answers_are_counted_on_the_test_problems(folder, monkeypatch):
+    problems = training_runs.load_problems("gsm_symbolic", folder, 0, options())
+    model = training_runs.load(folder, options(layers=2, dtype="fp32", device="cpu"))
+    data = problems.answerable
+    test = {tuple(e.prompt + e.answer) for e in data.held_out}
+    rows = [
+        tuple(ids[mask == 1].tolist())
+        for b in problems.test
+        for ids, mask in zip(b.input_ids, b.attention_mask, strict=True)
+    ]
+    assert set(rows) == test
+    rights = {data.held_out[0].entry["question"], data.held_out[2].entry["question"]}
+    monkeypatch.setattr(data, "is_correct", lambda e, reply: e.entry["question"] in rights)
+    assert training_runs.exact_matches(model, problems) == {"answered": 3, "right": 2}
+    code = training_runs.load_problems("code", folder, 0, options())
+    assert training_runs.exact_matches(model, code) == {}
 
 
 @pytest.mark.parametrize("dataset", training_runs.DATASETS)

@@ -4,6 +4,7 @@
 
 A damaged file is either refused with one of the errors that load_adapter documents, and the model
 is as it was to the bit, or only numbers were damaged: they are finite, and the model holds them.
+Every fourth file is loaded into a plain model, which a refused one leaves without adapters.
 """
 
 from __future__ import annotations
@@ -18,18 +19,25 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import rasa_ext
 
 REFUSALS = (ValueError, RuntimeError, TypeError, FileNotFoundError, IsADirectoryError)
+KINDS = ("bits", "header bits", "truncate", "extend", "length", "header", "shuffle")
 
 
-def model() -> nn.Module:
-    """Three layers, adapted."""
+def plain_model() -> nn.Module:
+    """Three layers."""
     torch.manual_seed(0)
     layers = nn.ModuleDict({str(i): nn.ModuleDict({"q": nn.Linear(24, 16)}) for i in range(3)})
-    root = nn.ModuleDict({"layers": layers})
+    return nn.ModuleDict({"layers": layers})
+
+
+def adapted_model() -> nn.Module:
+    """The same, adapted."""
+    root = plain_model()
     rasa_ext.apply(root, r=4, k=1, target_modules=["q"])
     for parameter in root.parameters():
         if parameter.requires_grad:
@@ -37,11 +45,10 @@ def model() -> nn.Module:
     return root
 
 
-def mutate(data: bytes, rng: random.Random) -> bytes:
+def mutate(data: bytes, kind: str, rng: random.Random) -> bytes:
     """Return the file with one thing wrong."""
     length = struct.unpack("<Q", data[:8])[0]
     header, body = data[8 : 8 + length], data[8 + length :]
-    kind = rng.choice(("bits", "header bits", "truncate", "extend", "length", "header", "shuffle"))
     if kind in ("bits", "header bits"):
         start, end = (8 + length, len(data)) if kind == "bits" else (0, 8 + length)
         changed = bytearray(data)
@@ -61,7 +68,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     names = [name for name in fields if name != "__metadata__"]
     name = rng.choice(names)
     if kind == "shuffle":
-        other = rng.choice(names)
+        other = rng.choice([n for n in names if n != name])
         fields[name], fields[other] = fields[other], fields[name]
     else:
         edits = (
@@ -79,34 +86,53 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
-def bits(root: nn.Module) -> list[torch.Tensor]:
+def bits(root: nn.Module) -> dict[str, torch.Tensor]:
     """Every number of the model, copied."""
-    return [t.detach().clone().view(torch.int32) for t in root.state_dict().values()]
+    return {name: t.detach().clone().view(torch.int32) for name, t in root.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether both have the same names and, under each, the same tensor to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def try_to_load(root: nn.Module, path: Path) -> str:
+    """Return "loaded" or "refused"; raise AssertionError for what may not happen."""
+    before = bits(root)
+    try:
+        rasa_ext.load_adapter(root, path)
+    except REFUSALS as error:
+        assert same(before, bits(root)), f"a refused file changed the model: {error}"
+        return "refused"
+    assert all(t.isfinite().all() for t in root.state_dict().values()), "loaded what is not finite"
+    again = path.with_name("again.safetensors")
+    rasa_ext.save_adapter(root, again)
+    assert same(load_file(path), load_file(again)), "the model does not hold the file's numbers"
+    return "loaded"
 
 
 def run(trials: int, seed: int) -> Counter[str]:
     """Mutate and load; WRONG are failures."""
-    root = model()
+    adapted, plain = adapted_model(), plain_model()
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
-        rasa_ext.save_adapter(root, path)
+        rasa_ext.save_adapter(adapted, path)
         good = path.read_bytes()
         for seed_of_trial in range(seed, seed + trials):
-            path.write_bytes(mutate(good, random.Random(seed_of_trial)))
-            before = bits(root)
+            rng = random.Random(seed_of_trial)
+            kind = rng.choice(KINDS)
+            path.write_bytes(mutate(good, kind, rng))
+            is_plain = seed_of_trial % 4 == 0
             try:
-                rasa_ext.load_adapter(root, path)
-                finite = all(t.isfinite().all() for t in root.state_dict().values())
-                outcomes["loaded" if finite else "WRONG"] += 1
-            except REFUSALS as error:
-                same = all(map(torch.equal, before, bits(root)))
-                outcomes["refused" if same else "WRONG"] += 1
-                if not same:
-                    print(f"seed {seed_of_trial}: a refused file changed the model: {error}")
+                outcome = try_to_load(plain if is_plain else adapted, path)
+                outcomes[f"{kind} {outcome}"] += 1
+                if is_plain and outcome == "loaded":
+                    plain = plain_model()
             except Exception as error:  # noqa: BLE001
                 outcomes["WRONG"] += 1
-                print(f"seed {seed_of_trial}: {type(error).__name__}: {error}")
+                print(f"seed {seed_of_trial}, {kind}: {type(error).__name__}: {error}")
+                adapted, plain = adapted_model(), plain_model()
     return outcomes
 
 

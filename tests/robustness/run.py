@@ -2,13 +2,16 @@
 
     python tests/robustness/run.py                # make robustness: some ten minutes
     python tests/robustness/run.py --sanitize     # and the sanitizers, as long again
+    python tests/robustness/run.py --only soak    # one part; the file keeps the others
 
-Writes benchmarks/results/robustness.json. Exits with 1 if any part failed.
+Writes benchmarks/results/robustness.json; each part names the commit that it ran at. Exits with 1
+if any part failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -33,7 +36,8 @@ def counted(outcomes: Counter[str]) -> dict[str, Any]:
     """The counts of random inputs, with a verdict."""
     wrong = outcomes["WRONG"] + outcomes["CRASH"]
     tried = {"tried": sum(outcomes.values()), "outcomes": dict(sorted(outcomes.items()))}
-    return tried | {"verdict": f"{wrong} wrong" if wrong else "as specified"}
+    fault = f"{wrong} wrong" if wrong else "" if outcomes else "nothing tried"
+    return tried | {"verdict": fault or "as specified"}
 
 
 def sanitized() -> dict[str, Any]:
@@ -58,6 +62,7 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=5_000, help="damaged adapter files")
     parser.add_argument("--seed", type=int, default=0, help="of the first call and file")
     parser.add_argument("--sanitize", action="store_true", help="ASan and UBSan as well")
+    parser.add_argument("--only", nargs="+", help="parts, of soak, calls, files and sanitizers")
     parser.add_argument("--json", type=Path, default=report.RESULTS / "robustness.json")
     args = parser.parse_args()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -65,20 +70,25 @@ def main() -> int:
         "calls": lambda: counted(fuzz_ops.run(args.calls, args.seed)),
         "files": lambda: counted(mutate_adapters.run(args.files, args.seed)),
     }
-    if args.sanitize:
+    if args.sanitize or "sanitizers" in (args.only or ()):
         parts["sanitizers"] = sanitized
-    settings = {k: v for k, v in vars(args).items() if k != "json"}
     results: dict[str, Any] = {}
+    if args.only:
+        if unknown := set(args.only) - parts.keys():
+            parser.error(f"--only: no part is called {', '.join(sorted(unknown))}")
+        if args.json.exists():
+            kept = json.loads(args.json.read_text())
+            results = {name: kept[name] for name in (*parts, "sanitizers") if name in kept}
+        parts = {name: part for name, part in parts.items() if name in args.only}
     print(report.heading())
     for name, part in parts.items():
-        start = time.perf_counter()
-        results[name] = part() | {"seconds": round(time.perf_counter() - start)}
+        start, commit = time.perf_counter(), report.commit()
+        results[name] = part() | {"commit": commit}
+        results[name]["seconds"] = round(time.perf_counter() - start)
         counts = ", ".join(f"{k} {v}" for k, v in results[name].items() if k != "verdict")
         print(f"{name}: {results[name]['verdict']} ({counts})", flush=True)
-    report.write_json(args.json, settings, results)
-    failed = [
-        n for n, r in results.items() if r["verdict"] not in ("flat", "as specified", "clean")
-    ]
+    report.write_json(args.json, {"seed": args.seed}, results)
+    failed = [name for name, result in results.items() if result["verdict"] not in GOOD]
     print(f"robustness: {'FAILED: ' + ', '.join(failed) if failed else 'passed'}")
     return int(bool(failed))
 
