@@ -1,8 +1,8 @@
 // Products of bfloat16 whose one side is the ranks, for CPUs that have AVX512-BF16 and no matrix
 // unit. No torch.
 //
-// The library's micro-kernels are made for large tiles: with a reduction of some 40 ranks, or 40
-// columns, they run at 60 % of its rate, and leave the sum in memory for another pass. These keep
+// The library's micro-kernels are made for large tiles, and leave a sum in memory for another pass,
+// which costs much where the reduction is over some 40 ranks. These keep
 // 8 × 48 accumulators in registers, and end with what the sum is for. As in every product by these
 // instructions, subnormal operands and sums count as zeros.
 #pragma once
