@@ -15,6 +15,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench  # noqa: E402
 import layer  # noqa: E402
 import merge  # noqa: E402
+import parts  # noqa: E402
 import peak_memory  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
@@ -151,6 +152,48 @@ def test_a_merge_that_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(merge, "merge_by_op", lambda layers: None)
     with pytest.raises(SystemExit, match="bench: op is wrong: error .* against float64"):
         merge.measure(torch.float32, 2, 2, 1, 1)
+
+
+@pytest.fixture
+def small_siblings(monkeypatch):
+    for name, size in {"M": 12, "K": 16, "N": 24, "RP": 3, "RS": 4}.items():
+        monkeypatch.setattr(parts, name, size)
+    monkeypatch.setattr(parts, "SAMPLE_SECONDS", 1e-4)
+
+
+def test_parts_command_writes_table_and_json(tmp_path, monkeypatch, capsys, small_siblings):
+    path = tmp_path / "parts.json"
+    run(monkeypatch, "parts", "--rounds", 1, "--json", path)
+    printed = capsys.readouterr().out
+    results = json.loads(path.read_text())["results"]
+    assert [result["dtype"] for result in results] == ["float32", "bfloat16"]
+    for result in results:
+        assert (
+            len(result["seconds"]) == 6 and result["over_frozen"].keys() == result["seconds"].keys()
+        )
+        assert all(f"| {name} " in printed for name in result["seconds"])
+
+
+def test_parts_multiply_in_the_named_micro_kernels_in_backward_too(monkeypatch, small_siblings):
+    import rasa_ext
+
+    now, seen = ["own"], set()
+    monkeypatch.setattr(rasa_ext._C, "set_micro_kernels", lambda which: now.__setitem__(0, which))
+    backward = torch.autograd.backward
+
+    def watched(*args):
+        seen.add(now[0])
+        backward(*args)
+
+    monkeypatch.setattr(torch.autograd, "backward", watched)
+    parts.measure(torch.float32, 0.05, 1)
+    assert seen == {"own", "library"} and now == ["own"]
+
+
+def test_parts_that_are_wrong_are_not_timed(monkeypatch, small_siblings):
+    monkeypatch.setattr(parts.Siblings, "together", parts.Siblings.frozen)
+    with pytest.raises(SystemExit, match="peer 'rasa_ext' is wrong: error .* against float64"):
+        parts.measure(torch.float32, 0.05, 1)
 
 
 def test_shape_and_peers_are_checked(monkeypatch, capsys):
