@@ -26,7 +26,7 @@ import peak_memory
 import step
 import torch
 from peers import PEERS, Adapter
-from report import heading, results_path, write_json
+from report import heading, timing_path, write_json
 from tables import figures_table, layer_table, merge_table, parts_table, step_table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -80,7 +80,7 @@ def run_layer(args: argparse.Namespace) -> None:
     shapes, seconds, path = args.shape or SMOLLM2_SHAPES, math.inf, args.json
     if args.suite:
         shapes = [(M, K, N) for K, N in SUITE_LINEARS for M in SUITE_TOKENS]
-        seconds, path = SUITE_SECONDS, args.json or results_path("linears")
+        seconds, path = SUITE_SECONDS, args.json or timing_path("linears")
     for dtype, dropout in itertools.product(args.dtype, args.dropout):
         adapter = Adapter(
             ("proj",), args.r, args.k, args.alpha, dropout, adapter_dtype(args, dtype)
@@ -128,7 +128,7 @@ def run_step(args: argparse.Namespace) -> None:
     print(step_table(results, args.dropout[0]))
     print("\nPer-round quotients beside the figures to reach (r=8, k=1):")
     print(figures_table(results))
-    path = args.json or results_path(f"step_{layers}_layers")
+    path = args.json or timing_path(f"step_{layers}_layers")
     write_json(path, {"subject": "step", **settings}, {"results": results})
 
 
@@ -142,7 +142,7 @@ def run_merge(args: argparse.Namespace) -> None:
     print(heading())
     print("merging seven linears of each layer; median (min-max);", describe(settings))
     print(merge_table(results))
-    path = args.json or results_path("merge")
+    path = args.json or timing_path("merge")
     write_json(path, {"subject": "merge", **settings}, {"results": results})
 
 
@@ -154,7 +154,7 @@ def run_parts(args: argparse.Namespace) -> None:
     print(heading())
     print("forward + backward of siblings; median (min-max);", describe(settings))
     print(parts_table(results))
-    path = args.json or results_path("parts")
+    path = args.json or timing_path("parts")
     write_json(path, {"subject": "parts", **settings}, {"results": results})
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import heading, results_path, table
+from report import RESULTS, heading, table
 from training_runs import (
     DATASETS,
     RunFile,
@@ -217,7 +217,7 @@ def main() -> None:
     args = parse_arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    path = args.json or results_path(f"finetune_{args.dataset}")
+    path = args.json or RESULTS / f"finetune_{args.dataset}.json"
     file = RunFile(path, settings_of(args, "dataset", "k", "lr"))
     runs = run_all(file, folder_of(args), args)
     print(heading())

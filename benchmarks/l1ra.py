@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import heading, results_path, table
+from report import RESULTS, heading, table
 from training_runs import (
     RunFile,
     add_arguments,
@@ -168,7 +168,7 @@ def main() -> None:
     args = parse_arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    file = RunFile(args.json or results_path("l1ra"), settings_of(args, "lr", "l1", "gate_lr"))
+    file = RunFile(args.json or RESULTS / "l1ra.json", settings_of(args, "lr", "l1", "gate_lr"))
     folder = folder_of(args)
     runs = []
     for seed in range(args.seeds):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import heading, results_path, table
+from report import RESULTS, heading, table
 from shared_factors import (
     Factors,
     at_random,
@@ -210,12 +210,12 @@ def main() -> None:
     add("--update-steps", type=int, default=40)
     add("--gsm-tokens", type=int, default=160, help="leave out longer gsm_symbolic problems")
     add("--threads", type=int, default=None, help="torch's threads")
-    add("--json", type=Path, help="default: a file of this machine in results/; plot beside it")
+    add("--json", type=Path, help="default: a file in results/; plot beside it")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {name: getattr(args, name) for name in ("r", "k", "sweeps", "update_steps")}
-    file = RunFile(args.json or results_path("reconstruction"), settings)
+    file = RunFile(args.json or RESULTS / "reconstruction.json", settings)
     results = {}
     for source in args.sources:
 

@@ -105,7 +105,7 @@ def write_json(path: Path, settings: dict[str, Any], results: dict[str, Any]) ->
     os.replace(temporary, path)
 
 
-def results_path(subject: str) -> Path:
-    """One file per machine and subject."""
+def timing_path(subject: str) -> Path:
+    """One file per machine and subject; what depends on no machine has a name without one."""
     slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
     return RESULTS / f"{slug}_{subject}.json"

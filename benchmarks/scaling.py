@@ -20,7 +20,7 @@ import peak_memory
 import step
 import torch
 from peers import Adapter
-from report import RESULTS, heading, results_path, table, write_json
+from report import RESULTS, heading, table, timing_path, write_json
 from timing import calls_within, interleave, summary
 
 LAYERS = (2, 4, 8, 16, 30)
@@ -211,7 +211,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, default=results_path("scaling"))
+    parser.add_argument("--json", type=Path, default=timing_path("scaling"))
     parser.add_argument("--plot", type=Path, default=RESULTS / "scaling.png")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -117,6 +117,20 @@ def figures_table(results: dict[str, Any]) -> str:
     return table(["quotient", "dtype", "measured", "at most", ""], rows)
 
 
+def machines_table(records: list[dict[str, Any]]) -> str:
+    """One row for each machine's step and dtype: the medians of the quotients."""
+    rows = []
+    for record in records:
+        for dtype, result in record["results"].items():
+            ratios = result["ratios"]
+            medians = [f"{ratios[p]['median']:.2f}" if p in ratios else "" for p in FIGURES]
+            where = [record["machine"]["cpu"], record["date"][:10]]
+            rows.append([*where, str(record["settings"]["layers"]), dtype, *medians])
+    bounds = [", ".join(f"{bound:.2f}" for bound in b.values()) for b in FIGURES.values()]
+    rows.append(["at most, fp32, bf16", "", "", "", *bounds])
+    return table(["processor", "date", "layers", "dtype", *FIGURES], rows)
+
+
 def input_table(record: dict[str, Any]) -> str:
     """One row for each kind of random input: how many were tried, and how they ended."""
     rows = []

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--validation-problems", type=int, default=24, help="choose the learning rate")
     add("--test-problems", type=int, default=48, help="held out from every choice")
     add("--threads", type=int, default=None, help="torch's threads")
-    add("--json", type=Path, help="default: a file of this machine in results/; plot beside it")
+    add("--json", type=Path, help="default: a file in results/; plot beside it")
     parser.set_defaults(device="cpu")
 
 

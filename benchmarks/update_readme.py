@@ -25,13 +25,17 @@ from report import REPOSITORY, RESULTS
 DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "benchmarks" / "README.md")
 
 
+def read_all(name: str) -> list[dict[str, Any]]:
+    """Return what a benchmark left on each machine, for which `*` stands, the newest first."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob(name)]
+    if not found:
+        raise SystemExit(f"readme: expected a file {name} in benchmarks/results, got none")
+    return sorted(found, key=lambda record: str(record.get("date")), reverse=True)
+
+
 def read(name: str) -> dict[str, Any]:
-    """Return what a benchmark left; `*` stands for the machine."""
-    found = sorted(RESULTS.glob(name))
-    if len(found) != 1:
-        files = ", ".join(path.name for path in found) or "none"
-        raise SystemExit(f"readme: expected one file {name} in benchmarks/results, got {files}")
-    return json.loads(found[0].read_text())
+    """Return the newest of read_all()."""
+    return read_all(name)[0]
 
 
 def origin(record: dict[str, Any]) -> str:
@@ -61,6 +65,12 @@ def step_figures(name: str) -> str:
     return origin(record) + tables.figures_table(record["results"])
 
 
+def step_machines() -> str:
+    """Return the quotients of all machines' steps."""
+    records = [r for layers in (8, 30) for r in read_all(f"*_step_{layers}_layers.json")]
+    return tables.machines_table(records)
+
+
 def layer_summary() -> str:
     """Return the suite of single linears."""
     record = read("*_linears.json")
@@ -87,20 +97,20 @@ def growth() -> str:
 
 def reconstruction_ratios(start: str) -> str:
     """Return how near real matrices RaSA comes, beside LoRA."""
-    record = read("*_reconstruction.json")
+    record = read("reconstruction.json")
     sources = {run["source"]: run["kinds"] for run in record["runs"]}
     return reconstruction.ratio_table(sources, start)
 
 
 def l1ra_runs() -> list[dict[str, Any]]:
     """Return the runs of L1RA and LoRA."""
-    runs: list[dict[str, Any]] = read("*_l1ra.json")["runs"]
+    runs: list[dict[str, Any]] = read("l1ra.json")["runs"]
     return runs
 
 
 def finetune_losses(dataset: str) -> str:
     """Return what RaSA and LoRA came to on one data set."""
-    record = read(f"*_finetune_{dataset}.json")
+    record = read(f"finetune_{dataset}.json")
     runs = record["runs"]
     text = finetune_quality.description(record["settings"], runs)
     return text + finetune_quality.loss_table(dataset, runs)
@@ -108,7 +118,7 @@ def finetune_losses(dataset: str) -> str:
 
 def finetune_rates(dataset: str) -> str:
     """Return the validation losses that chose the learning rates."""
-    return finetune_quality.tuning_table(dataset, read(f"*_finetune_{dataset}.json")["runs"])
+    return finetune_quality.tuning_table(dataset, read(f"finetune_{dataset}.json")["runs"])
 
 
 def robustness() -> str:
@@ -124,6 +134,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-figures": lambda: step_figures("*_step_8_layers.json"),
     "step-full": lambda: step_table("*_step_30_layers.json"),
     "step-full-figures": lambda: step_figures("*_step_30_layers.json"),
+    "step-machines": step_machines,
     "parts": parts_times,
     "layers": layer_summary,
     "merge": merge_times,

@@ -1,5 +1,6 @@
 """The tables in the documents are those of the committed results."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -38,5 +39,12 @@ def test_an_outdated_table_is_found_and_written_anew(tmp_path, monkeypatch):
 
 def test_a_missing_result_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(update_readme, "RESULTS", tmp_path)
-    with pytest.raises(SystemExit, match=r"expected one file \*_merge.json .*, got none"):
+    with pytest.raises(SystemExit, match=r"expected a file \*_merge.json .*, got none"):
         update_readme.TABLES["merge"]()
+
+
+def test_the_newest_of_several_machines_is_shown(tmp_path, monkeypatch):
+    for machine, date in (("a", "2026-11-01"), ("b", "2026-11-28T10"), ("c", "2026-11-28T09")):
+        (tmp_path / f"{machine}_merge.json").write_text(json.dumps({"date": date}))
+    monkeypatch.setattr(update_readme, "RESULTS", tmp_path)
+    assert update_readme.read("*_merge.json")["date"] == "2026-11-28T10"
