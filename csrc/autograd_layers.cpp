@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "adapter_list.h"
+#include "op_inputs.h"
 #include "redispatch.h"
 
 namespace rasa {
@@ -71,9 +72,10 @@ struct DeltaWeights : torch::autograd::Function<DeltaWeights> {
       const int64_t pool = pools[i];
       const auto add_block = [&](const Tensor& A, size_t at_A, const Tensor& Bt, size_t at_Bt,
                                  const Tensor& d_block) {
-        const Tensor BtG = at::mm(Bt.to(dtype), G);
+        const Tensor BtG = at::mm(library_operand(Bt.to(dtype)), G);
         if (ctx->needs_input_grad(at_A)) add(at_A, at::mul(d_block, BtG));
-        if (ctx->needs_input_grad(at_Bt)) add(at_Bt, at::mul(d_block, at::mm(A.to(dtype), G.t())));
+        if (ctx->needs_input_grad(at_Bt))
+          add(at_Bt, at::mul(d_block, at::mm(library_operand(A.to(dtype)), G.t())));
         return at::mul(BtG, A.to(dtype)).sum(1);
       };
       const int64_t Rs = pool < 0 ? 0 : z.A_shared[pool].size(0);

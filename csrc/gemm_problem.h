@@ -64,7 +64,8 @@ struct Matrix {
 struct Segment {
   Matrix A, B;
   int32_t K = 0;
-  const void* scale_k = nullptr;  // (K), Program::scale_dtype; nullptr means ones
+  // (K), or in NN as long as B's rows; Program::scale_dtype; nullptr means ones.
+  const void* scale_k = nullptr;
   const void* scale_m = nullptr;  // (M), Program::scale_dtype; nullptr means ones
   const int64_t* seed = nullptr;  // of dropout, in the backend's memory; read if drop_threshold > 0
 };

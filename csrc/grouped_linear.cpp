@@ -4,6 +4,7 @@
 
 #include "adapter_list.h"
 #include "layers_ops.h"
+#include "op_inputs.h"
 #include "pool_problems.h"
 
 namespace rasa {
@@ -115,7 +116,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rasa_grouped_linear_body(
     const Sizes& z = layer.sizes;
     all_s.push_back(at::empty({z.M, padded_rank(z.R())}, layer.x.options()));
     if (const Tensor* weight = given(inputs.weights[i])) {
-      ys.push_back(at::linear(layer.x, *weight, inputs.biases[i]).contiguous());
+      ys.push_back(at::linear(library_operand(layer.x), *weight, inputs.biases[i]).contiguous());
       C_in.push_back(ys.back());
     } else if (layer.has_update()) {
       ys.push_back(at::empty({z.M, z.N}, layer.x.options()));
@@ -235,7 +236,7 @@ GroupedGradients rasa_grouped_backward_body(LaunchFn launch, const std::vector<O
       continue;
     }
     const Tensor* weight = given(inputs.weights[i]);
-    grads.dx.push_back(weight       ? at::mm(dy_rows[i], *weight)
+    grads.dx.push_back(weight       ? at::mm(library_operand(dy_rows[i]), *weight)
                        : z.R() == 0 ? at::zeros({z.M, z.K}, layer.x.options())
                                     : at::empty({z.M, z.K}, layer.x.options()));
     if (z.M == 0 || z.K == 0 || z.R() == 0) continue;

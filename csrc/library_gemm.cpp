@@ -131,7 +131,9 @@ class LibraryGemm {
     const double keep = keep_scale(p.drop_threshold);
     const auto scaled = [&](const Tensor& rows, int64_t k, int64_t count) {  // along the last axis
       const Tensor t = rows.to(sum_type_);
-      return s.scale_k ? t.mul(scale(s.scale_k, s.K).narrow(0, k, count)) : t;
+      if (s.scale_k == nullptr) return t;
+      const char* first = static_cast<const char*>(s.scale_k);
+      return t.mul(scale(first + k * element_size(program_.scale_dtype), count));
     };
     if (layout == Layout::kNT) {
       const Tensor mask = drops(p) ? dropped(p, i, p.M, s.K) : Tensor();

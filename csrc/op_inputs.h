@@ -9,6 +9,14 @@
 
 namespace rasa {
 
+// The left operand of a product of PyTorch's. On CPUs with a matrix unit its bfloat16 kernels read
+// one element past rows of odd length: beside a slice, that may be NaN.
+inline Tensor library_operand(const Tensor& rows) {
+  const bool is_read_past = rows.is_cpu() && rows.scalar_type() == at::kBFloat16 &&
+                            rows.size(1) % 2 == 1 && rows.stride(0) != rows.size(1);
+  return is_read_past ? rows.contiguous() : rows;
+}
+
 // The adapter of one layer.
 struct Adapter {
   const Tensor &A, &A_shared, &Bt, &Bt_shared, &d;

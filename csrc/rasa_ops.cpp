@@ -217,10 +217,11 @@ std::tuple<std::vector<Tensor>, Tensor> rasa_linears_body(LaunchFn launch, const
   const Dropout dropout(op, p, seed, x);
 
   const Tensor rows = row_major(x);
+  const Tensor base_rows = library_operand(rows);
   std::vector<Tensor> y;
   y.reserve(num_layers);
   for (size_t i = 0; i < num_layers; ++i) {
-    y.push_back(at::linear(rows, weight[i], bias[i]).contiguous());
+    y.push_back(at::linear(base_rows, weight[i], bias[i]).contiguous());
   }
   const Tensor s = at::empty({x.size(0), num_columns(layers)}, x.options());
   launch_forward(op, launch, rows, layers, adapters, dropout, s, y, y);
@@ -325,7 +326,8 @@ std::vector<Tensor> rasa_backward_body(LaunchFn launch, const std::vector<Option
   bool has_base = false;
   for (size_t i = 0; wanted[0] && i < num_layers; ++i) {
     if (!weight[i] || !dy_rows[i].defined()) continue;
-    dx = has_base ? dx.addmm_(dy_rows[i], *weight[i]) : at::mm(dy_rows[i], *weight[i]);
+    const Tensor dy_i = library_operand(dy_rows[i]);
+    dx = has_base ? dx.addmm_(dy_i, *weight[i]) : at::mm(dy_i, *weight[i]);
     has_base = true;
   }
   if (wanted[0] && !has_base) {

@@ -45,12 +45,14 @@ def adapter_of(case: Case, dtype: torch.dtype, device: str | None = None) -> lis
     def scaled(rows: int, cols: int, scale: float) -> Tensor:
         return (randn(rows, cols, dtype=torch.float64, device=device) * scale).to(dtype)
 
+    d = torch.full((case.R + 8,), float("nan"), dtype=dtype, device=device)[: case.R]
+    d[:] = randn(case.R, dtype=dtype, device=device)  # nothing may read past it
     return [
         scaled(Rp, K, K**-0.5),
         scaled(Rs, K, K**-0.5),
         scaled(Rp, N, max(case.R, 1) ** -0.5),
         scaled(Rs, N, max(case.R, 1) ** -0.5),
-        randn(case.R, dtype=dtype, device=device),
+        d,
     ]
 
 

@@ -16,7 +16,7 @@ from layers import (
     randn,
 )
 from reference import assert_accurate, authors_add, authors_linear, compare_with_float64
-from test_grouped_gemm import PROBLEMS, formula, group, in_float64
+from test_grouped_gemm import PROBLEMS, formula, group, in_float64, plain_formula
 
 from rasa_ext import dropout_mask, grouped_gemm, rasa_add, rasa_linear
 
@@ -40,7 +40,7 @@ def test_each_problem_is_its_own_sum(layout, dtypes, strided, with_C_in, with_sc
     arguments = group(layout, dtype, other, with_scales, with_C_in, other, strided)
     results = grouped_gemm(layout, *arguments, out_dtype=other)
     exact = formula(layout, *in_float64(arguments))
-    plain = formula(layout, *arguments)
+    plain = plain_formula(layout, arguments)
     for C, plain_C, exact_C, problem in zip(results, plain, exact, PROBLEMS, strict=True):
         assert_accurate(C, plain_C, exact_C, str(problem), dtype=dtype)
 

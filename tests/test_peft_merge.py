@@ -30,7 +30,8 @@ def test_a_merged_model_computes_what_it_did_and_unmerges_to_the_bit(kind: str, 
     model.merge_adapter()
 
     assert all(layer.merged for layer in layers(model))
-    assert_accurate(logits(model), before, exact)
+    # The merged weights were rounded once more than those of the model before.
+    assert_accurate(logits(model), before, exact, slack=1.5)
     assert not torch.equal(layers(model)[0].base_layer.weight, state[_first_weight(state)])
     model.unmerge_adapter()
     assert_same(weights(model), state)

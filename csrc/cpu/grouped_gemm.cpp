@@ -184,13 +184,18 @@ class Phase {
         }
       }
     }
+    // Dealt out in turn: the jobs of one operand, which cost alike, follow each other.
+    constexpr int64_t kElementsPerThread = 1 << 14;
     const int64_t num_jobs = static_cast<int64_t>(jobs.size());
-    const int64_t jobs_per_thread = std::max<int64_t>(1, num_jobs * (1 << 14) / (elements + 1));
-    at::parallel_for(0, num_jobs, jobs_per_thread, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        const Item& item = *jobs[j].item;
-        runner_.pack(item.layout, *item.problem, segment(item, jobs[j].segment),
-                     packed_of(item)[jobs[j].segment], jobs[j].job);
+    const int64_t num_threads =
+        std::clamp<int64_t>(elements / kElementsPerThread, 1, at::get_num_threads());
+    at::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        for (int64_t j = thread; j < num_jobs; j += num_threads) {
+          const Item& item = *jobs[j].item;
+          runner_.pack(item.layout, *item.problem, segment(item, jobs[j].segment),
+                       packed_of(item)[jobs[j].segment], jobs[j].job);
+        }
       }
     });
   }

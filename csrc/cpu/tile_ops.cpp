@@ -185,12 +185,24 @@ struct Loops {
       const uint16_t *draws0 = mask[0].draws, *draws1 = mask[1].draws;
       if (!row0 && !row1) {
         for (int64_t i = 0; i < n; ++i) dst[i] = 0;
-      } else if (!row0 || !row1 || scale[0] != 1 || scale[1] != 1) {
-        for (int64_t i = 0; i < n; ++i) {
+      } else if ((draws0 || draws1) && (!row0 || !row1 || scale[0] != 1 || scale[1] != 1)) {
+        for (int64_t i = 0; i < n; ++i) {  // rare: the last tokens
           const bool kept0 = row0 && (!draws0 || keeps(draws0[i], threshold));
           const bool kept1 = row1 && (!draws1 || keeps(draws1[i], threshold));
           dst[i] = (kept0 ? narrow<C>(widen(row0[i]) * scale[0]) : C{}).bits |
                    uint32_t{(kept1 ? narrow<C>(widen(row1[i]) * scale[1]) : C{}).bits} << 16;
+        }
+      } else if (!row0 || !row1) {
+        const P* row = row0 ? row0 : row1;
+        const Acc factor = scale[row0 ? 0 : 1];
+        const int shift = row0 ? 0 : 16;
+        for (int64_t i = 0; i < n; ++i) {
+          dst[i] = uint32_t{narrow<C>(widen(row[i]) * factor).bits} << shift;
+        }
+      } else if (scale[0] != 1 || scale[1] != 1) {
+        for (int64_t i = 0; i < n; ++i) {
+          dst[i] = narrow<C>(widen(row0[i]) * scale[0]).bits |
+                   uint32_t{narrow<C>(widen(row1[i]) * scale[1]).bits} << 16;
         }
       } else if (draws0) {
         const int32_t last_dropped = int32_t{threshold} - 1;

@@ -1,6 +1,7 @@
 // Problems of a group → the argument block of one launch.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -30,7 +31,7 @@ class LaunchArgs {
 
 class ArgsBuilder {
  public:
-  explicit ArgsBuilder(const Program& program) : program_(program) {}
+  ArgsBuilder(const Program& program, Layout layout) : program_(program), layout_(layout) {}
 
   // What a problem with these segments takes of an argument block.
   static size_t num_bytes(const Problem& p, const Segment* segments, int32_t num_segments) {
@@ -60,7 +61,7 @@ class ArgsBuilder {
     for (int32_t i = 0; i < num_segments; ++i) {
       const Segment& s = segments[i];
       const void* scale_m = arg.scale_m == nullptr ? s.scale_m : nullptr;  // once
-      segments_.push_back({s.scale_k, scale_m, matrix(s.A), matrix(s.B), s.seed, s.K, 0});
+      segments_.push_back({s.scale_k, scale_m, matrix(s.A), matrix(s.B), s.seed, reduction(s), 0});
     }
     const size_t bytes = num_bytes(problems_.size() + 1, segments_.size(), blocks_.size());
     if (bytes > static_cast<size_t>(arg_bytes) || num_tiles_ + num_tiles > INT32_MAX) {
@@ -107,6 +108,16 @@ class ArgsBuilder {
            segments * sizeof(SegmentArg) + blocks * sizeof(Block);
   }
 
+  // Rows of B beyond its last one are zeros, for which there may be no scale_k.
+  int32_t reduction(const Segment& s) const {
+    if (layout_ == Layout::kNT) return s.K;
+    int64_t rows = 0;
+    for (int32_t i = 0; i < s.B.num_blocks; ++i) {
+      rows += program_.blocks[s.B.first_block + i].rows;
+    }
+    return static_cast<int32_t>(std::min<int64_t>(s.K, rows));
+  }
+
   MatrixArg matrix(const Matrix& m) {
     MatrixArg arg = {static_cast<uint16_t>(blocks_.size()), static_cast<uint16_t>(m.num_blocks),
                      m.dtype == DType::kF32, 1, m.dtype == DType::kF16};
@@ -127,6 +138,7 @@ class ArgsBuilder {
   }
 
   const Program& program_;
+  const Layout layout_;
   std::vector<ProblemArg> problems_;
   std::vector<SegmentArg> segments_;
   std::vector<Block> blocks_;

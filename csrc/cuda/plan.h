@@ -36,7 +36,7 @@ struct GroupPlan {
 class GroupPlanner {
  public:
   GroupPlanner(const Program& program, const Group& group, const DeviceInfo& device)
-      : program_(program), group_(group), device_(device), builder_(program) {
+      : program_(program), group_(group), device_(device), builder_(program, group.layout) {
     if (program.dtype == DType::kF64) {
       throw std::invalid_argument("the CUDA kernels compute in bfloat16, float16 or float32");
     }

@@ -73,14 +73,15 @@ def shrink(m: Maker, M: int, K: int, R: int) -> ProblemCase:
 
 
 def expand(m: Maker, M: int, N: int, R: int, in_place: bool = False) -> ProblemCase:
-    """y = base + (s ∘ d) · [Bt_shared ; Bt]."""
+    """y = base + (s ∘ d) · [Bt_shared ; Bt]; there is no d for the pad columns of s."""
     width = _round_up(R)
     s = m.matrix(M, width)
     s[:, R:] = 0
-    d = torch.cat([m.scale(R), torch.zeros(width - R, dtype=m.adapter)])
     base = m.matrix(M, N)
     y = base if in_place else m.empty(M, N)
-    return ProblemCase(M, N, [SegmentCase([s], m.stack(R, N), width, scale_k=d)], [y], [base])
+    return ProblemCase(
+        M, N, [SegmentCase([s], m.stack(R, N), width, scale_k=m.scale(R))], [y], [base]
+    )
 
 
 def wgrad(m: Maker, tokens: int, N: int, R: int, wanted: tuple[bool, bool]) -> ProblemCase:

@@ -299,7 +299,7 @@ def _product(
     if mask is not None and layout != "NN":
         a, b = (a * mask, b) if layout == "NT" else (a, b * mask)
     if s.scale_k is not None:
-        a = a * s.scale_k.to(dtype)
+        a = a * torch.nn.functional.pad(s.scale_k.to(dtype), (0, s.K - len(s.scale_k)))
     product = rounding(a) @ rounding(b)
     return product * mask if mask is not None and layout == "NN" else product
 

@@ -24,7 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gemm_trials import GemmTrial, MergeTrial  # noqa: E402
-from reference import assert_accurate  # noqa: E402
+from reference import assert_accurate, dense  # noqa: E402
 from trials import Arguments, LayerTrial, Trial  # noqa: E402
 
 BATCH = 500
@@ -43,6 +43,8 @@ def _run(trial: Trial, is_ours: bool, dtype: torch.dtype | None) -> list[Tensor]
     leaves: Arguments = {}
     for name, t in trial.arguments.items():
         leaf = t if t is None or dtype is None else t.to(dtype)
+        if leaf is not None and not is_ours:
+            (leaf,) = dense([leaf])
         wants_grad = trial.has_gradients and not (trial.wrong or trial.special)
         if leaf is not None and wants_grad:
             leaf = leaf.detach().requires_grad_()
