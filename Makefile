@@ -10,7 +10,8 @@
 #   make readme        writes the tables from benchmarks/results
 #   make bench-quality     reconstruction, L1RA and fine-tuning against LoRA: about two hours
 #   make kernel-counters   traffic and machine code of the CUDA kernels; needs nvcc and no GPU
-#   make check-cuda-build   builds with CUDA, in an environment of its own; needs nvcc and no GPU
+#   make check-cuda-build   builds and runs it with CUDA, in an environment of its own; needs nvcc and
+#                           no GPU: two are simulated
 #   make gpu-check         tests, sanitizer and benchmark on this machine's GPU
 #   make lint          what CI wants of the sources
 #   make clean         remove what was built
@@ -62,6 +63,8 @@ check-cuda-build:
 	$(CUDA_VENV)/bin/python -c '$(HAS_TORCH)' || $(CUDA_VENV)/bin/python -m pip install '$(TORCH_CUDA)'
 	$(if $(ARCH),TORCH_CUDA_ARCH_LIST='$(ARCH)') $(CUDA_VENV)/bin/python -m pip install .
 	cd $(CUDA_VENV) && bin/python $(abspath tests/check_cuda_build.py)
+	$(CUDA_VENV)/bin/python -m pip install numpy  # of the executor
+	cd $(CUDA_VENV) && bin/python $(abspath tests/check_simulated_gpu.py)
 
 gpu-check:
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "gpu-check: FAILED: this machine has no NVIDIA GPU"; exit 1; }

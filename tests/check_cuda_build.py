@@ -9,16 +9,9 @@ import subprocess
 import sys
 
 import torch
+from facts import check
 
 import rasa_ext
-
-
-def check(fact: str, holds: bool) -> None:
-    """Print a fact, or stop."""
-    print(f"{'ok    ' if holds else 'FAILED'} {fact}", flush=True)
-    if not holds:
-        sys.exit(1)
-
 
 info = rasa_ext.build_info()
 wanted = tuple(sys.argv[1:])
