@@ -44,7 +44,6 @@ from rasa_ext.layer_ops import Adapters, rasa_delta_weights  # noqa: E402
 
 CASE = Case("simulated", 70, 96, 72, 7, 30)
 P = 0.1
-NAMES = ("y", "x", "A", "A_shared", "Bt", "Bt_shared", "d")
 NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
 WAITS = ("Synchronize", "cudaMemcpy", "cudaEventQuery")
 KERNEL_DTYPES = [dtypes for dtypes in DTYPES if dtypes[0] != torch.float64]
@@ -54,7 +53,7 @@ Linear = Callable[..., Tensor]
 
 
 def step(linear: Linear, inputs: list[Tensor | None], dy: Tensor, seed: Tensor) -> list[Tensor]:
-    """Return the output, and the gradients of x and the adapter: those of NAMES."""
+    """Return the output, and the gradients of x and the adapter."""
     leaves = [t if t is None else t.detach().requires_grad_(i != 1) for i, t in enumerate(inputs)]
     y = linear(*leaves, p=P, seed=seed)
     return [

@@ -7,64 +7,25 @@
 #include "runtime.h"
 
 #include <cstring>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <set>
-#include <utility>
-#include <vector>
 
+namespace simulated {
 namespace {
 
-constexpr int kNumDevices = 2;
 constexpr int kNumSms = 3;
 constexpr size_t kMemoryBytes = size_t{8} << 30;
 constexpr size_t kDefaultSmemBytes = 48 * 1024;
 constexpr size_t kMostSmemBytes = 163 * 1024;  // of sm_80
 
-struct Graph {
-  std::vector<std::function<cudaError_t()>> nodes;
-};
+thread_local cudaError_t last_error = cudaSuccess;
 
-struct Stream {
-  int device;
-  std::shared_ptr<Graph> capture;  // while it is captured
-  bool is_invalid = false;         // the capture
-};
-
-// Functions of simulated_gpu.py. prepare_launch returns a number for run_launch, or -1 for a kernel
-// that the executor does not have.
-struct Executor {
-  uint64_t (*allocate)(uint64_t bytes);
-  void (*release)(uint64_t address);
-  int (*prepare_launch)(const char* kernel, const uint32_t* grid_and_block, uint64_t smem_bytes,
-                        void** arguments);
-  int (*run_launch)(int launch);
-};
-
-struct State {
-  std::recursive_mutex mutex;
-  Executor executor = {};
-  std::map<uintptr_t, std::pair<size_t, int>> memory;  // by address: bytes, device
-  std::map<const void*, std::string> kernels;          // by the host's function
-  std::map<const void*, size_t> smem_bytes;            // that they were allowed
-  std::set<Stream*> streams;
-  Stream default_streams[kNumDevices] = {{0, nullptr}, {1, nullptr}};
-  int num_captures = 0;
-  unsigned long long capture_id = 0;
-  cudaError_t next_launch = cudaSuccess;
-  std::string log;
-};
+}  // namespace
 
 State& state() {
   static State* instance = new State;  // outlives every static destructor that frees memory
   return *instance;
 }
 
-using Lock = std::lock_guard<std::recursive_mutex>;
-
 thread_local int current_device = 0;
-thread_local cudaError_t last_error = cudaSuccess;
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 cudaError_t failed(cudaError_t error) {
@@ -94,7 +55,6 @@ void note(const std::string& what) {
   state().log += what + " device=" + std::to_string(current_device) + "\n";
 }
 
-// What a thread may not do while any stream is captured; it ends the captures.
 cudaError_t forbidden_in_capture(const char* what) {
   note(what);
   const Lock lock(state().mutex);
@@ -104,10 +64,6 @@ cudaError_t forbidden_in_capture(const char* what) {
   for (Stream* s : state().streams) s->is_invalid = s->capture != nullptr;
   return failed(cudaErrorStreamCaptureUnsupported);
 }
-
-}  // namespace
-
-namespace simulated {
 
 cudaError_t enqueue(cudaStream_t stream, const std::string& what,
                     std::function<cudaError_t()> work) {
@@ -124,12 +80,11 @@ cudaError_t enqueue(cudaStream_t stream, const std::string& what,
 
 }  // namespace simulated
 
-using simulated::enqueue;
+using namespace simulated;
 
 extern "C" {
 
-// --- what simulated_gpu.py calls
-// ------------------------------------------------------------------
+// --- what simulated_gpu.py calls ---
 
 void simulated_connect(const Executor* executor) { state().executor = *executor; }
 
@@ -146,8 +101,7 @@ void simulated_fail_next_launch(int error) {
   state().next_launch = static_cast<cudaError_t>(error);
 }
 
-// --- devices
-// --------------------------------------------------------------------------------------
+// --- devices ---
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = kNumDevices;
@@ -224,8 +178,7 @@ int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* is_active) {
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return last_error; }
 
-// --- memory
-// ---------------------------------------------------------------------------------------
+// --- memory ---
 
 cudaError_t cudaMalloc(void** out, size_t bytes) {
   const cudaError_t error = forbidden_in_capture("cudaMalloc");
@@ -287,125 +240,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stre
   });
 }
 
-// --- streams and events
-// ---------------------------------------------------------------------------
-
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* out, unsigned, int) {
-  const Lock lock(state().mutex);
-  auto* stream = new Stream{current_device, nullptr};
-  state().streams.insert(stream);
-  *out = reinterpret_cast<cudaStream_t>(stream);
-  return cudaSuccess;
-}
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned flags) {
-  return cudaStreamCreateWithPriority(out, flags, 0);
-}
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  const Lock lock(state().mutex);
-  state().streams.erase(find(stream));
-  delete find(stream);
-  return cudaSuccess;
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  note("cudaStreamSynchronize", stream);
-  return find(stream)->capture ? failed(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
-}
-cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned) {
-  *out = reinterpret_cast<cudaEvent_t>(new int(current_device));
-  return cudaSuccess;
-}
-cudaError_t cudaEventCreate(cudaEvent_t* out) { return cudaEventCreateWithFlags(out, 0); }
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  delete reinterpret_cast<int*>(event);
-  return cudaSuccess;
-}
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t, cudaStream_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t) { return forbidden_in_capture("cudaEventQuery"); }
-cudaError_t cudaEventSynchronize(cudaEvent_t) {
-  return forbidden_in_capture("cudaEventSynchronize");
-}
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-
-// --- capture and graphs
-// ---------------------------------------------------------------------------
-
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  std::swap(capture_mode, *mode);
-  return cudaSuccess;
-}
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* out) {
-  const Stream* s = find(stream);
-  *out = !s->capture     ? cudaStreamCaptureStatusNone
-         : s->is_invalid ? cudaStreamCaptureStatusInvalidated
-                         : cudaStreamCaptureStatusActive;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
-                                     unsigned long long* id, cudaGraph_t* graph,
-                                     const cudaGraphNode_t** dependencies,
-                                     const cudaGraphEdgeData** edges, size_t* num_dependencies) {
-  if (id != nullptr) *id = state().capture_id;
-  if (graph != nullptr) *graph = reinterpret_cast<cudaGraph_t>(find(stream)->capture.get());
-  if (dependencies != nullptr) *dependencies = nullptr;
-  if (edges != nullptr) *edges = nullptr;
-  if (num_dependencies != nullptr) *num_dependencies = 0;
-  return cudaStreamIsCapturing(stream, status);
-}
-cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
-  const Lock lock(state().mutex);
-  if (is_default(stream)) return failed(cudaErrorStreamCaptureUnsupported);
-  find(stream)->capture = std::make_shared<Graph>();
-  find(stream)->is_invalid = false;
-  ++state().num_captures;
-  ++state().capture_id;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* out) {
-  const Lock lock(state().mutex);
-  Stream* s = find(stream);
-  *out = nullptr;
-  --state().num_captures;
-  const std::shared_ptr<Graph> graph = std::exchange(s->capture, nullptr);
-  if (s->is_invalid) return failed(cudaErrorStreamCaptureInvalidated);
-  *out = reinterpret_cast<cudaGraph_t>(new Graph(*graph));
-  return cudaSuccess;
-}
-cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* count) {
-  *count = reinterpret_cast<Graph*>(graph)->nodes.size();
-  return cudaSuccess;
-}
-cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* out, cudaGraph_t graph,
-                                          unsigned long long) {
-  *out = reinterpret_cast<cudaGraphExec_t>(new Graph(*reinterpret_cast<Graph*>(graph)));
-  return cudaSuccess;
-}
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t graph,
-                                 unsigned long long flags) {
-  return cudaGraphInstantiateWithFlags(out, graph, flags);
-}
-cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
-  const auto* nodes = &reinterpret_cast<Graph*>(graph)->nodes;
-  return enqueue(stream, "cudaGraphLaunch", [=] {
-    for (const auto& work : *nodes) {
-      const cudaError_t error = work();
-      if (error != cudaSuccess) return error;
-    }
-    return cudaSuccess;
-  });
-}
-cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
-  delete reinterpret_cast<Graph*>(graph);
-  return cudaSuccess;
-}
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
-  delete reinterpret_cast<Graph*>(graph);
-  return cudaSuccess;
-}
-
-// --- kernels
-// --------------------------------------------------------------------------------------
+// --- kernels ---
 
 void** __cudaRegisterFatBinary(void*) {
   static void* nothing;

@@ -20,7 +20,7 @@ from ptx.executor.runtime import runtime
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-SOURCES = ("runtime.cpp", "blas.cpp", "runtime.h")
+SOURCES = ("runtime.cpp", "streams.cpp", "blas.cpp", "runtime.h")
 KERNELS = ("grouped_gemm.cu", "dropout_mask.cu")
 ARCH = "sm_80"
 
@@ -77,7 +77,7 @@ class Call:
 
 
 class _Functions(C.Structure):
-    """simulated::Executor."""
+    """simulated::Executor of runtime.h."""
 
     ALLOCATE = C.CFUNCTYPE(C.c_uint64, C.c_uint64)
     RELEASE = C.CFUNCTYPE(None, C.c_uint64)
