@@ -56,7 +56,8 @@ def step_table(name: str) -> str:
 def step_summary(name: str) -> str:
     """Return the same in one row for each peer."""
     record = read(name)
-    return tables.step_summary(record["results"], record["settings"]["memory_dropout"])
+    summary = tables.step_summary(record["results"], record["settings"]["memory_dropout"])
+    return origin(record) + summary
 
 
 def step_figures(name: str) -> str:
