@@ -97,7 +97,7 @@ def run_layer(args: argparse.Namespace) -> None:
     settings["adapter_dtype"] = "float32" if args.fp32_adapters else "as the weights"
     print(heading())
     print("forward + backward of one linear; median (min-max);", describe(settings))
-    print(layer_table(results))
+    print(layer_table(results, settings))
     if path:
         write_json(path, {"subject": "layer", **settings}, {"results": results})
 

