@@ -74,8 +74,9 @@ struct DeltaWeights : torch::autograd::Function<DeltaWeights> {
                                  const Tensor& d_block) {
         const Tensor BtG = at::mm(library_operand(Bt.to(dtype)), G);
         if (ctx->needs_input_grad(at_A)) add(at_A, at::mul(d_block, BtG));
-        if (ctx->needs_input_grad(at_Bt))
+        if (ctx->needs_input_grad(at_Bt)) {
           add(at_Bt, at::mul(d_block, at::mm(library_operand(A.to(dtype)), G.t())));
+        }
         return at::mul(BtG, A.to(dtype)).sum(1);
       };
       const int64_t Rs = pool < 0 ? 0 : z.A_shared[pool].size(0);
