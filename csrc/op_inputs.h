@@ -9,11 +9,11 @@
 
 namespace rasa {
 
-// The left operand of a product of PyTorch's. On CPUs with a matrix unit its bfloat16 kernels read
-// one element past rows of odd length: beside a slice, that may be NaN.
+// The left operand of a product of PyTorch's. On CPUs with a matrix unit its bfloat16 kernels may
+// read past rows that do not fill the unit's 32 columns: beside a slice, that may be NaN.
 inline Tensor library_operand(const Tensor& rows) {
   const bool is_read_past = rows.is_cpu() && rows.scalar_type() == at::kBFloat16 &&
-                            rows.size(1) % 2 == 1 && rows.stride(0) != rows.size(1);
+                            rows.size(1) % 32 != 0 && rows.stride(0) != rows.size(1);
   return is_read_past ? rows.contiguous() : rows;
 }
 

@@ -13,6 +13,7 @@ from layers import (
     dtypes_id,
     linear_inputs,
     new_seed,
+    randn,
 )
 from reference import authors_add, authors_linear, compare_with_float64
 from torch import Tensor
@@ -159,6 +160,17 @@ def test_strides_of_x_do_not_change_the_result(layout, dtypes):
         strided = x.repeat_interleave(2, dim=0)[::2]
     dense = strided.contiguous()
     assert torch.equal(rasa_add(strided, base, *adapter), rasa_add(dense, base, *adapter))
+
+
+@pytest.mark.parametrize("width", [34, 68, 100, 103])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
+def test_nothing_beside_a_slice_is_read(width, dtypes, device):
+    case = Case("slice", 65, width, width, 7, 9, strided=True)
+    inputs = [t.requires_grad_() for t in linear_inputs(case, *dtypes, device=device)]
+    dy = randn(case.M, case.N, dtype=dtypes[0], strided=True, device=device)
+    y = rasa_linear(*inputs)
+    results = [y, *torch.autograd.grad(y, inputs, dy)]
+    assert all(t.isfinite().all() for t in results)
 
 
 def test_a_broadcast_output_gradient_is_accepted():
