@@ -23,6 +23,11 @@ from simulated_gpu.simulated_gpu import Call, SimulatedGpu, environment  # noqa:
 PARTS = {"ops": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "graphs": {}}
 
 if sys.argv[1:] not in [[part] for part in PARTS]:
+    from torch.version import cuda
+
+    if int(cuda.split(".")[0]) < 13:
+        print(f"left out: GPUs are simulated for a torch with CUDA 13, this one has {cuda}")
+        sys.exit()
     with tempfile.TemporaryDirectory(prefix="simulated_gpu_") as folder:
         for part, more in PARTS.items():
             variables = environment(Path(folder)) | more
