@@ -33,7 +33,7 @@ def library() -> Path:
     sources = [HERE / name for name in SOURCES if name.endswith(".cpp")]
 
     def build(path: Path) -> None:
-        # nvcc, because it knows where its headers are; both files are host code.
+        # nvcc, because it knows where its headers are; all is host code.
         flags = ["-std=c++17", "-O2", "-shared", "-cudart=none", "-Xcompiler=-fPIC,-Wall,-Werror"]
         subprocess.run([nvcc, *flags, *map(str, sources), "-o", str(path)], check=True)
 
