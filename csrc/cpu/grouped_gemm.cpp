@@ -12,6 +12,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "tile_runner.h"
 
@@ -202,12 +203,14 @@ class Phase {
 
   template <class Task>
   void for_tasks(int64_t num_tasks, int64_t flops, char* scratch, const Task& task) {
-    const int64_t tasks_per_thread =
-        std::max<int64_t>(1, num_tasks * kMinFlopsPerThread / (flops + 1));
-    at::parallel_for(0, num_tasks, tasks_per_thread, [&](int64_t begin, int64_t end) {
+    const int64_t num_threads = std::clamp<int64_t>(
+        std::min(num_tasks, flops / kMinFlopsPerThread), 1, at::get_num_threads());
+    // A thread takes the next task when it is done: tasks of several problems differ in cost.
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
       const Scratch mine =
           TileRunner::scratch_at(scratch + at::get_thread_num() * TileRunner::scratch_bytes());
-      for (int64_t t = begin; t < end; ++t) task(t, mine);
+      for (int64_t t = next++; t < num_tasks; t = next++) task(t, mine);
       release_micro_kernel(runner_.compute());
     });
   }
