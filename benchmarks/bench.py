@@ -97,6 +97,7 @@ def run_layer(args: argparse.Namespace) -> None:
     settings["adapter_dtype"] = "float32" if args.fp32_adapters else "as the weights"
     print(heading())
     print("forward + backward of one linear; median (min-max);", describe(settings))
+    print("MiB: allocated by torch at most")
     print(layer_table(results, settings))
     if path:
         write_json(path, {"subject": "layer", **settings}, {"results": results})
@@ -125,6 +126,7 @@ def run_step(args: argparse.Namespace) -> None:
     }
     print(heading())
     print("training step with optimizer; median (min-max);", describe(settings))
+    print("MiB at most: resident in the process, and allocated by torch")
     print(step_table(results, args.dropout[0]))
     print("\nPer-round quotients beside the figures to reach (r=8, k=1):")
     print(figures_table(results))
@@ -168,8 +170,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         type=parse_peers,
-        help=f"comma-separated, from {','.join(PEERS)}; frozen always runs. Default: all, but "
-        "compiled, which takes minutes to compile, only with --suite",
+        help=f"comma-separated, from {','.join(PEERS)}; frozen always runs. Default: all, but of "
+        "single linears compiled, which takes seconds to compile for each row, only with --suite",
     )
     parser.add_argument(
         "--fp32-adapters",
@@ -238,7 +240,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if vars(args).get("peers", ()) is None:
-        compiles = vars(args).get("suite")
+        compiles = args.command == "step" or args.suite
         args.peers = [name for name in PEERS if compiles or name != "compiled"]
     with torch.device(args.device):
         args.run(args)

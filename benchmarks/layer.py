@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from peak_memory import peak_allocated
 from peers import (
     PEERS,
     Adapter,
@@ -114,10 +115,13 @@ def measure(
 ) -> dict[str, object]:
     """Time every peer on one (M, K, N); microseconds per layer and ratios to the frozen layer.
 
-    Large shapes get fewer rounds, but 5 at least, where `rounds` would take over `most_seconds`.
+    `allocated` is the peak, in bytes, of one forward and backward of one layer. Large shapes get
+    fewer rounds, but 5 at least, where `rounds` would take over `most_seconds`.
     """
     M, K, N = shape
     torch.manual_seed(0)
+    if "compiled" in peers:
+        torch.compiler.reset()  # the code of other shapes
     bytes_per_layer = (N * K + M * K) * dtype.itemsize
     count = min(num_layers, -(-WORKING_SET_BYTES // bytes_per_layer))
     base = Projections(count, K, N).to(dtype)
@@ -133,6 +137,7 @@ def measure(
     repeats = calls_within(SAMPLE_SECONDS, one_pass(models["frozen"], xs, dy, count, 1))
     runs = {name: one_pass(model, xs, dy, count, repeats) for name, model in models.items()}
     seconds = interleave(runs, rounds, most_seconds)
+    single = {name: one_pass(model, xs[:1], dy, 1, 1) for name, model in models.items()}
     scale = 1e6 / (count * repeats)
     return {
         "shape": {"M": M, "K": K, "N": N},
@@ -142,4 +147,5 @@ def measure(
         "error": errors,
         "us": {name: summary([scale * t for t in times]) for name, times in seconds.items()},
         "over_frozen": {name: paired_ratio(seconds, name, "frozen") for name in seconds},
+        "allocated": {name: peak_allocated(run) for name, run in single.items()},
     }

@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 PEERS = ("frozen", "lora", "authors", "compiled", "rasa")
+# Compiled code there may be at once: for each shape, token count, dropout, and mode of the layers.
+MOST_COMPILED = 64
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,15 @@ def to_authors(model: nn.Module, adapter: Adapter) -> nn.Module:
 
 
 def to_compiled(model: nn.Module, adapter: Adapter) -> nn.Module:
-    """Put the authors' formula into `model`, and compile each of its layers in place."""
-    torch.compiler.reset()  # layers of another shape or dtype would count as recompilations
+    """Put the authors' formula into `model`, and compile each of its layers in place.
+
+    Alike layers share their code. With fullgraph, one that cannot be compiled, or not any more,
+    raises: none runs as plain PyTorch.
+    """
+    torch._dynamo.config.recompile_limit = MOST_COMPILED
     model = to_authors(model, adapter)
     for layer in targets(model, adapter.target_modules).values():
-        layer.compile(dynamic=False)
+        layer.compile(fullgraph=True, dynamic=False)
     return model
 
 

@@ -140,10 +140,10 @@ def random_adapter(Rp: int, Rs: int, features: int) -> tuple[torch.Tensor, ...]:
 
 
 def memory(adapter: Adapter, layers: int, tokens: int) -> dict[str, float]:
-    """Peak MiB of a training step of ours, in several processes: malloc differs."""
+    """Peak MiB, resident, of a training step of ours, in several processes: malloc differs."""
     batch = (1, tokens)
     measured = [
-        peak_memory.measure("rasa", torch.float32, adapter, layers, batch)
+        peak_memory.measure("rasa", torch.float32, adapter, layers, batch)["resident"]
         for _ in range(MEMORY_PROCESSES)
     ]
     return summary([size / 2**20 for size in measured])

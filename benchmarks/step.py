@@ -120,6 +120,8 @@ def measure(
 
     Keys of the result's times are "frozen" and "<peer> p=<dropout>".
     """
+    if "compiled" in peers:
+        torch.compiler.reset()  # once: it drops the code of all compiled peers
     base = smollm2_shape(dtype, layers)
     tokens = torch.randint(0, vocabulary(layers), BATCH)
     frozen = build("frozen", base, adapters[0], layers)

@@ -15,20 +15,34 @@ FIGURES = {
     "rasa p=0 / lora p=0": {"fp32": 1.05, "bf16": 0.95},
 }
 MEMORY_FIGURE = 1.00
+# What peak_memory measures: a column's header, and a quotient's name.
+MEMORY = {
+    "resident": ("resident MiB", "peak resident memory"),
+    "allocated": ("allocated MiB", "peak allocated memory"),
+}
 # How a random input of tests/robustness may end; anything else is a failure with a row of its own.
 ENDINGS = {"right": 0, "loaded": 0, "special values": 1, "refused": 2}
+
+
+def mebibytes(sizes: dict[str, int], name: str, digits: int = 0) -> str:
+    """One cell of `sizes`, which are in bytes; empty where there is none of that name."""
+    return f"{sizes[name] / 2**20:.{digits}f}" if name in sizes else ""
 
 
 def layer_table(results: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """One row for each dtype, dropout and shape.
 
-    flops: those of an adapted linear, forward and backward, over the frozen one's.
+    flops: those of an adapted linear, forward and backward, over the frozen one's. MiB: the peak
+    that one forward and backward allocate.
     """
     R = settings["r"] - settings["k"] + settings["layers"] * settings["k"]
     measured = {name for result in results for name in result["us"]}
     adapters = [name for name in PEERS[1:] if name in measured]
+    probed = {name for result in results for name in result.get("allocated", {})}
+    sized = [name for name in PEERS if name in probed]
     shape = ["dtype", "dropout", "M", "K", "N"]
-    header = [*shape, "frozen, us", *(f"{a} / frozen" for a in adapters), "flops"]
+    ratios, sizes = [f"{name} / frozen" for name in adapters], [f"{name}, MiB" for name in sized]
+    header = [*shape, "frozen, us", *ratios, "flops", *sizes]
     rows = [
         [
             result["dtype"],
@@ -37,6 +51,7 @@ def layer_table(results: list[dict[str, Any]], settings: dict[str, Any]) -> str:
             spread(result["us"]["frozen"], 0),
             *(spread(over[name]) if name in over else "" for name in adapters),
             f"{1 + 6 * R * (K + N) / (4 * K * N):.3f}",
+            *(mebibytes(result.get("allocated", {}), name, 1) for name in sized),
         ]
         for result, over, K, N in (
             (result, result["over_frozen"], result["shape"]["K"], result["shape"]["N"])
@@ -71,13 +86,27 @@ def parts_table(results: list[dict[str, Any]]) -> str:
     return table(header, [*rows.values(), flops])
 
 
+def memory_kinds(results: dict[str, Any]) -> list[str]:
+    """The keys of MEMORY that any peer has a figure of."""
+    memories = [memory for result in results.values() for memory in result["memory"].values()]
+    return [kind for kind in MEMORY if any(kind in memory for memory in memories)]
+
+
+def memory_cells(
+    result: dict[str, Any], run: str, kinds: list[str], memory_dropout: float
+) -> list[str]:
+    """One cell for each of `kinds`; memory was measured with one dropout only."""
+    name, _, dropout = run.partition(" p=")
+    has_memory = dropout in ("", f"{memory_dropout:g}")
+    return [mebibytes(result["memory"][name] if has_memory else {}, kind) for kind in kinds]
+
+
 def step_table(results: dict[str, Any], memory_dropout: float) -> str:
-    """One row for each dtype and peer; memory was measured with one dropout only."""
+    """One row for each dtype and peer."""
     rows = []
+    kinds = memory_kinds(results)
     for dtype, result in results.items():
         for run, seconds in result["seconds"].items():
-            name, _, dropout = run.partition(" p=")
-            has_memory = dropout in ("", f"{memory_dropout:g}")
             ratio = result["ratios"].get(f"{run} / frozen")
             rows.append(
                 [
@@ -85,26 +114,26 @@ def step_table(results: dict[str, Any], memory_dropout: float) -> str:
                     dtype,
                     spread(seconds, 0, 1e-3),
                     spread(ratio) if ratio else "1",
-                    f"{result['error'][name]:.1e}",
-                    f"{result['memory'][name] / 2**20:.0f}" if has_memory else "",
+                    f"{result['error'][run.partition(' p=')[0]]:.1e}",
+                    *memory_cells(result, run, kinds, memory_dropout),
                 ]
             )
-    return table(["peer", "dtype", "ms", "/ frozen", "error", "peak MiB"], rows)
+    memory = [MEMORY[kind][0] for kind in kinds]
+    return table(["peer", "dtype", "ms", "/ frozen", "error", *memory], rows)
 
 
 def step_summary(results: dict[str, Any], memory_dropout: float) -> str:
     """One row for each peer, with the quotients to frozen of all dtypes."""
     header = ["peer"]
+    kinds = memory_kinds(results)
     rows = {run: [run] for run in next(iter(results.values()))["seconds"]}
     for dtype, result in results.items():
-        header += [f"{dtype}, ms", "/ frozen", "peak MiB"]
+        header += [f"{dtype}, ms", "/ frozen", *(MEMORY[kind][0] for kind in kinds)]
         for run, row in rows.items():
-            name, _, dropout = run.partition(" p=")
-            has_memory = dropout in ("", f"{memory_dropout:g}")
             row.append(f"{result['seconds'][run]['median'] * 1e3:.0f}")
             ratio = result["ratios"].get(f"{run} / frozen")
             row.append(spread(ratio) if ratio else "1")
-            row.append(f"{result['memory'][name] / 2**20:.0f}" if has_memory else "")
+            row += memory_cells(result, run, kinds, memory_dropout)
     return table(header, list(rows.values()))
 
 
@@ -117,12 +146,13 @@ def figures_table(results: dict[str, Any]) -> str:
                 ratio, bound = result["ratios"][pair], bounds[dtype]
                 verdict = "reached" if ratio["median"] <= bound else "missed"
                 rows.append([pair, dtype, spread(ratio), f"{bound:.2f}", verdict])
-        memory = result["memory"]
-        if {"rasa", "lora"} <= memory.keys():
-            value = memory["rasa"] / memory["lora"]
-            verdict = "reached" if value <= MEMORY_FIGURE else "missed"
-            row = ["peak memory, rasa / lora", dtype, f"{value:.2f}", f"{MEMORY_FIGURE:.2f}"]
-            rows.append([*row, verdict])
+        rasa, lora = (result["memory"].get(name, {}) for name in ("rasa", "lora"))
+        for kind, (_, label) in MEMORY.items():
+            if kind in rasa and kind in lora:
+                value = rasa[kind] / lora[kind]
+                verdict = "reached" if value <= MEMORY_FIGURE else "missed"
+                row = [f"{label}, rasa / lora", dtype, f"{value:.2f}", f"{MEMORY_FIGURE:.2f}"]
+                rows.append([*row, verdict])
     return table(["quotient", "dtype", "measured", "at most", ""], rows)
 
 

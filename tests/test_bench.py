@@ -1,5 +1,6 @@
 """The benchmarks: peers compute the same thing, ratios are paired, reports say what was run."""
 
+import functools
 import json
 import math
 import platform
@@ -25,6 +26,8 @@ import timing  # noqa: E402
 
 ADAPTER = peers.Adapter(("proj",), r=4, k=2, dropout=0.0, dtype=torch.float64)
 STEP_ADAPTER = peers.Adapter(step.TARGETS)
+# A peer's memory as peak_memory gives it.
+MEMORY = {"resident": 100 * 2**20, "allocated": 50 * 2**20}
 
 
 @pytest.fixture
@@ -33,6 +36,20 @@ def small_step(monkeypatch):
     monkeypatch.setattr(step, "MODEL_LAYERS", 2)
     monkeypatch.setattr(step, "MODEL_VOCABULARY", 512)
     monkeypatch.setattr(step, "BATCH", (1, 8))
+
+
+@pytest.fixture
+def quick_compile(monkeypatch):
+    """Compile all but machine code: what is compiled when does not depend on the backend."""
+    compiled = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
+
+
+def compiled_calls(run):
+    """How many calls of compiled code a run makes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run()
+    return sum(event.name.startswith("Torch-Compiled Region") for event in profiler.events())
 
 
 def run(monkeypatch, *words):
@@ -95,6 +112,14 @@ def test_slow_runs_get_fewer_rounds_but_not_less_than_the_fewest():
     assert len(timing.interleave(runs, 3, most_seconds=0)["a"]) == 3
 
 
+def test_a_round_that_compiles_is_not_timed():
+    double = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
+    sizes = iter((3, 3, 4))
+    with pytest.raises(RuntimeError, match="expected 3, actual 4"):
+        timing.interleave({"double": lambda: double(torch.randn(next(sizes)))}, rounds=2)
+    assert next(sizes, None) is None
+
+
 def test_ratios_are_paired_by_round():
     seconds = {"a": [2.0, 20.0, 3.0], "b": [1.0, 10.0, 1.0]}
     assert timing.paired_ratio(seconds, "a", "b") == {"median": 2.0, "min": 2.0, "max": 3.0}
@@ -111,9 +136,13 @@ def test_layer_command_writes_table_and_json(tmp_path, monkeypatch, capsys):
     run(monkeypatch, "layer", *shape, "--dtype", "fp32", "bf16", "--dropout", 0.05, "--json", path)
     printed = capsys.readouterr().out
     assert "| rasa / frozen |" in " ".join(printed.split())
-    record = json.loads(path.read_text())
-    assert [result["dtype"] for result in record["results"]] == ["float32", "bfloat16"]
-    assert set(record["results"][0]["us"]) == set(peers.PEERS) - {"compiled"}
+    results = json.loads(path.read_text())["results"]
+    assert [result["dtype"] for result in results] == ["float32", "bfloat16"]
+    for result, size in zip(results, (4, 2), strict=True):
+        assert set(result["us"]) == set(peers.PEERS) - {"compiled"}
+        assert result["allocated"].keys() == result["us"].keys()
+        # Frozen: y, then dx.
+        assert result["allocated"]["frozen"] == (8 * 24 + 8 * 16) * size
 
 
 def test_suite_covers_models_and_tokens_with_the_compiled_formula(tmp_path, monkeypatch, capsys):
@@ -206,17 +235,23 @@ def test_shape_and_peers_are_checked(monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_step_command_prints_figures_beside_their_bounds(small_step, tmp_path, monkeypatch, capsys):
+def test_step_command_prints_figures_beside_their_bounds(
+    small_step, quick_compile, tmp_path, monkeypatch, capsys
+):
     path = tmp_path / "step.json"
     # One process a peer is the business of peak_memory; here one call stands for it.
-    monkeypatch.setattr(peak_memory, "measure", lambda name, *rest: {"rasa": 90}.get(name, 100))
+    less = {"resident": 90 * 2**20, "allocated": 60 * 2**20}
+    monkeypatch.setattr(peak_memory, "measure", lambda name, *_: less if name == "rasa" else MEMORY)
     size = ["--layers", 1, "--rounds", 1]
     run(monkeypatch, "step", "--quick", *size, "--dtype", "fp32", "--json", path)
     printed = " ".join(capsys.readouterr().out.split())
     for figure in tables.FIGURES:
         assert f"| {figure} | fp32 |" in printed
-    assert "| peak memory, rasa / lora | fp32 | 0.90 | 1.00 | reached |" in printed
-    assert "rasa p=0.05 / frozen" in json.loads(path.read_text())["results"]["fp32"]["ratios"]
+    assert "| peak resident memory, rasa / lora | fp32 | 0.90 | 1.00 | reached |" in printed
+    assert "| peak allocated memory, rasa / lora | fp32 | 1.20 | 1.00 | missed |" in printed
+    result = json.loads(path.read_text())["results"]["fp32"]
+    assert {"rasa p=0.05 / frozen", "rasa p=0 / compiled p=0"} <= result["ratios"].keys()
+    assert result["memory"]["compiled"] == MEMORY
 
 
 def test_json_says_where_it_comes_from_but_names_no_host(tmp_path):
@@ -245,6 +280,37 @@ def test_shortened_step_keeps_the_pools_of_the_whole_model(small_step):
     assert model.model.layers[0].mlp.up_proj.pool.num_layers == 2
 
 
-def test_peak_memory_counts_what_a_step_takes(small_step):
-    taken = peak_memory.probe("rasa", torch.float32, STEP_ADAPTER, 1, (1, 8))
-    assert taken > 8 * step.vocabulary(1) * 4  # at least the logits
+@pytest.mark.parametrize("name", ["frozen", "compiled", "rasa"])
+def test_peak_memory_of_a_step_is_at_least_its_logits(name, small_step, quick_compile):
+    torch.compiler.reset()
+    taken = peak_memory.probe(name, torch.float32, STEP_ADAPTER, 1, (1, 8))
+    assert taken.keys() == {"resident", "allocated"}
+    assert min(taken.values()) > 8 * step.vocabulary(1) * 4
+
+
+def test_second_step_of_the_compiled_peer_compiles_nothing(small_step, quick_compile):
+    torch.compiler.reset()
+    base = step.smollm2_shape(torch.float32, 1)
+    tokens = torch.randint(0, step.vocabulary(1), step.BATCH)
+    steps = []
+    for dropout in (0.1, 0.05, 0.0):
+        adapter = peers.Adapter(step.TARGETS, dropout=dropout)
+        models = {name: step.build(name, base, adapter, 1) for name in ("frozen", "compiled")}
+        step.check(models, adapter, torch.float32)
+        steps.append(step.training_step(models["compiled"], tokens))
+    for run in steps:
+        run()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for run in steps:
+            assert compiled_calls(run) == len(step.TARGETS)
+
+
+def test_a_layer_that_cannot_be_compiled_stops_the_run(quick_compile, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # is put back after the test
+    monkeypatch.setattr(peers, "MOST_COMPILED", 1)
+    model = peers.convert("compiled", layer.Projections(1, 24, 16).double(), ADAPTER)
+    linear = model.layers[0].proj
+    linear(torch.randn(5, 24, dtype=torch.float64))
+    with pytest.raises(Exception, match="fullgraph=True"):
+        linear(torch.randn(6, 24, dtype=torch.float64))

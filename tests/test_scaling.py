@@ -30,7 +30,7 @@ def test_command_measures_every_curve(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step, "MODEL_LAYERS", 3)
     monkeypatch.setattr(step, "MODEL_VOCABULARY", 96)
     monkeypatch.setattr(scaling.layer, "SAMPLE_SECONDS", 1e-4)
-    monkeypatch.setattr(peak_memory, "measure", lambda *args: 2**20 * args[3])
+    monkeypatch.setattr(peak_memory, "measure", lambda *args: {"resident": 2**20 * args[3]})
     paths = {name: tmp_path / name for name in ("scaling.json", "scaling.png")}
     words = ["scaling.py", "--rounds", "1", "--json", paths["scaling.json"]]
     monkeypatch.setattr(sys, "argv", [*map(str, words), "--plot", str(paths["scaling.png"])])

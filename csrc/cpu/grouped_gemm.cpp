@@ -203,8 +203,8 @@ class Phase {
 
   template <class Task>
   void for_tasks(int64_t num_tasks, int64_t flops, char* scratch, const Task& task) {
-    const int64_t num_threads = std::clamp<int64_t>(
-        std::min(num_tasks, flops / kMinFlopsPerThread), 1, at::get_num_threads());
+    const int64_t num_threads = std::clamp<int64_t>(std::min(num_tasks, flops / kMinFlopsPerThread),
+                                                    1, at::get_num_threads());
     // A thread takes the next task when it is done: tasks of several problems differ in cost.
     std::atomic<int64_t> next{0};
     at::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {

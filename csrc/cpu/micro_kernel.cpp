@@ -176,6 +176,10 @@ void tile_gemm(DType compute, int64_t M, int64_t N, int64_t K, const void* A, in
   }
 }
 
+int64_t vector_columns(DType compute) {
+  return compute == DType::kF32 && capability() == Capability::kAvx512 ? 16 : 1;
+}
+
 void release_micro_kernel(DType compute) {
   if (pairs_rows_of_B(compute)) at::native::cpublas::brgemm_release();
 }

@@ -43,6 +43,7 @@ TileRunner::TileRunner(const Program& program)
       acc_(acc_dtype(compute_)),
       pairs_(pairs_rows_of_B(compute_)),
       own_(compute_ == DType::kBF16 ? own_bf16_gemm() : nullptr),
+      vector_(vector_columns(compute_)),
       table_(tile_ops()) {}
 
 int64_t TileRunner::scratch_bytes() {
@@ -253,7 +254,9 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
   const bool drops_product = has_dropout && layout == Layout::kNN;
   // Not with C_in in NT, whose padding columns are cleared below.
   const bool adds_in_NT = layout == Layout::kNT && p.C_in.num_blocks > 0;
-  const bool in_place = accumulates_in_place(p, has_dropout) && !adds_in_NT;
+  // Packed B ends in zeros, which fill the last vector of a tile beside C.
+  const int64_t vector = layout == Layout::kNT ? vector_ : 1;
+  const bool in_place = accumulates_in_place(p, has_dropout) && !adds_in_NT && p.N % vector == 0;
   const TileOps& c_ops = ops(p.C.dtype);
   const int64_t c_size = element_size(p.C.dtype);
 
@@ -273,7 +276,8 @@ void TileRunner::row_tile(Layout layout, const Problem& p, const Packed* packed,
         const int64_t depth = std::min<int64_t>(kTileDepth, s.K - k0);
         const Tile a = stream_rows(p, s, drops_input, m0, rows, k0, depth, scratch);
         char* b = packed[i].data + (k0 * packed[i].ld + n0 * pair) * compute_size();
-        multiply_rows(rows, cols, depth, a, {b, packed[i].ld}, out, ld_acc, add_out || k0 > 0);
+        multiply_rows(rows, round_up(cols, vector), depth, a, {b, packed[i].ld}, out, ld_acc,
+                      add_out || k0 > 0);
       }
     };
     sum_segments(p, rows, cols, m0, acc, ld_acc, add, scratch, multiply);

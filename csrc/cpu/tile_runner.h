@@ -113,6 +113,7 @@ class TileRunner {
   DType compute_, acc_;
   bool pairs_;
   const Bf16Gemm* own_;  // nullptr: tile_gemm multiplies
+  int64_t vector_;       // columns of a whole vector of tile_gemm
   const TileOpsTable& table_;
 };
 
