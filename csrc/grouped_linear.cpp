@@ -110,12 +110,17 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rasa_grouped_linear_body(
   }
 
   ProgramBuilder builder(op, inputs.xs[0].scalar_type(), layers.A[0].scalar_type());
+  const bool base_last = adds_base_last(inputs.xs[0]);
   std::vector<Tensor> C_in;
   for (size_t i = 0; i < L; ++i) {
     const Layer& layer = checked[i];
     const Sizes& z = layer.sizes;
+    const Tensor* weight = given(inputs.weights[i]);
     all_s.push_back(at::empty({z.M, padded_rank(z.R())}, layer.x.options()));
-    if (const Tensor* weight = given(inputs.weights[i])) {
+    if (weight && base_last && layer.has_update()) {
+      ys.push_back(at::empty({z.M, z.N}, layer.x.options()));
+      C_in.push_back(bias_rows(inputs.biases[i], ys.back()));
+    } else if (weight) {
       ys.push_back(at::linear(library_operand(layer.x), *weight, inputs.biases[i]).contiguous());
       C_in.push_back(ys.back());
     } else if (layer.has_update()) {
@@ -140,7 +145,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rasa_grouped_linear_body(
     const Layer& layer = checked[i];
     if (!layer.has_update()) continue;
     Problem& expand = expands.add_problem(layer.sizes.M, layer.sizes.N);
-    expand.C_in = builder.matrix(C_in[i]);
+    if (C_in[i].defined()) expand.C_in = builder.matrix(C_in[i]);
     expand.C = builder.matrix(ys[i]);
     builder
         .add_segment(builder.matrix(all_s[i]),
@@ -148,6 +153,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> rasa_grouped_linear_body(
         .scale_k = data(layer.adapter.d);
   }
   launch(builder.program());
+  for (size_t i = 0; i < L; ++i) {
+    const Tensor* weight = given(inputs.weights[i]);
+    if (weight && base_last && checked[i].has_update()) ys[i].addmm_(checked[i].x, weight->t());
+  }
   return {ys, all_s};
 }
 
@@ -174,6 +183,7 @@ GroupedGradients rasa_grouped_backward_body(LaunchFn launch, const std::vector<O
   const auto wants_pool = [&](size_t list, size_t pool) {
     return pool < num_pools && wanted[5 * L + list * num_pools + pool];
   };
+  const bool base_last = adds_base_last(inputs.xs[0]);
   // A layer without dy contributes nothing, and none of its gradients may be asked for.
   std::vector<Layer> checked;
   std::vector<Tensor> dy_rows, s_rows;
@@ -236,13 +246,14 @@ GroupedGradients rasa_grouped_backward_body(LaunchFn launch, const std::vector<O
       continue;
     }
     const Tensor* weight = given(inputs.weights[i]);
-    grads.dx.push_back(weight       ? at::mm(library_operand(dy_rows[i]), *weight)
+    const bool base_first = weight && !(base_last && z.R() > 0);
+    grads.dx.push_back(base_first   ? at::mm(library_operand(dy_rows[i]), *weight)
                        : z.R() == 0 ? at::zeros({z.M, z.K}, layer.x.options())
                                     : at::empty({z.M, z.K}, layer.x.options()));
     if (z.M == 0 || z.K == 0 || z.R() == 0) continue;
     Problem& expand = expands.add_problem(z.M, z.K);
     expand.C = builder.matrix(grads.dx[i]);
-    if (weight) expand.C_in = expand.C;
+    if (base_first) expand.C_in = expand.C;
     builder
         .add_segment(builder.matrix(grads.g[i]),
                      builder.stack({&layer.adapter.A_shared, &layer.adapter.A}), grads.g[i].size(1))
@@ -286,6 +297,12 @@ GroupedGradients rasa_grouped_backward_body(LaunchFn launch, const std::vector<O
   }
   PoolProblems::build_further_rounds(builder, pools);
   launch(builder.program());
+  for (size_t i = 0; base_last && i < L; ++i) {
+    const Tensor* weight = given(inputs.weights[i]);
+    if (wants(0, i) && weight && checked[i].sizes.R() > 0) {
+      grads.dx[i].addmm_(dy_rows[i], *weight);
+    }
+  }
   return grads;
 }
 

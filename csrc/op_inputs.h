@@ -17,6 +17,15 @@ inline Tensor library_operand(const Tensor& rows) {
   return is_read_past ? rows.contiguous() : rows;
 }
 
+// Whether the base product is added to the adapter's, not the other way round. MKL adds to what
+// memory holds at no cost, while an expand after it waits for every element of y.
+inline bool adds_base_last(const Tensor& x) { return x.is_cpu() && x.scalar_type() == at::kFloat; }
+
+// What an expand before the base product adds to: the bias in every row, or nothing.
+inline Tensor bias_rows(const std::optional<Tensor>& bias, const Tensor& y) {
+  return bias ? bias->contiguous().expand_as(y) : Tensor();
+}
+
 // The adapter of one layer.
 struct Adapter {
   const Tensor &A, &A_shared, &Bt, &Bt_shared, &d;

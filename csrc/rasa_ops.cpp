@@ -60,10 +60,11 @@ Matrix stack_ranks(ProgramBuilder& builder, const Layers& layers, at::TensorList
   return m;
 }
 
-// s = [x̃·A_sharedᵀ | x̃·Aᵀ] of all layers;  y = C_in + (s∘d)·[Bt_shared ; Bt] of each.
+// s = [x̃·A_sharedᵀ | x̃·Aᵀ] of all layers;  y = C_in + (s∘d)·[Bt_shared ; Bt] of each. An
+// undefined C_in is zero.
 void launch_forward(const char* op, LaunchFn launch, const Tensor& x, const Layers& layers,
                     const Adapters& adapters, const Dropout& dropout, const Tensor& s,
-                    at::TensorList C_in, at::TensorList y) {
+                    const std::vector<Tensor>& C_in, const std::vector<Tensor>& y) {
   if (x.size(0) == 0 || layers.empty()) return;
   ProgramBuilder builder(op, x.scalar_type(), adapters.d[0].scalar_type());
   builder.begin_group(Layout::kNT);
@@ -77,7 +78,7 @@ void launch_forward(const char* op, LaunchFn launch, const Tensor& x, const Laye
   for (const Layer& z : layers) {
     const size_t i = z.index;
     Problem& expand = builder.add_problem(x.size(0), z.N);
-    expand.C_in = builder.matrix(C_in[i]);
+    if (C_in[i].defined()) expand.C_in = builder.matrix(C_in[i]);
     expand.C = builder.matrix(y[i]);
     builder
         .add_segment(builder.columns(s, z.column),
@@ -218,13 +219,22 @@ std::tuple<std::vector<Tensor>, Tensor> rasa_linears_body(LaunchFn launch, const
 
   const Tensor rows = row_major(x);
   const Tensor base_rows = library_operand(rows);
-  std::vector<Tensor> y;
-  y.reserve(num_layers);
+  std::vector<Tensor> y(num_layers), C_in(num_layers);
+  std::vector<bool> wants_base(num_layers);
+  for (const Layer& z : layers) wants_base[z.index] = adds_base_last(x);
   for (size_t i = 0; i < num_layers; ++i) {
-    y.push_back(at::linear(base_rows, weight[i], bias[i]).contiguous());
+    if (wants_base[i]) {
+      y[i] = at::empty({x.size(0), weight[i].size(0)}, x.options());
+      C_in[i] = bias_rows(bias[i], y[i]);
+    } else {
+      C_in[i] = y[i] = at::linear(base_rows, weight[i], bias[i]).contiguous();
+    }
   }
   const Tensor s = at::empty({x.size(0), num_columns(layers)}, x.options());
-  launch_forward(op, launch, rows, layers, adapters, dropout, s, y, y);
+  launch_forward(op, launch, rows, layers, adapters, dropout, s, C_in, y);
+  for (size_t i = 0; i < num_layers; ++i) {
+    if (wants_base[i]) y[i].addmm_(base_rows, weight[i].t());
+  }
   return {std::move(y), s};
 }
 
@@ -244,7 +254,7 @@ std::tuple<Tensor, Tensor> rasa_add_body(LaunchFn launch, const Tensor& x, const
   const Tensor s = at::empty({x.size(0), num_columns(layers)}, x.options());
   if (layers.empty()) return {base.clone(at::MemoryFormat::Contiguous), s};
   const Tensor y = at::empty({x.size(0), base.size(1)}, x.options());
-  launch_forward(op, launch, row_major(x), layers, adapter, dropout, s, row_major(base), y);
+  launch_forward(op, launch, row_major(x), layers, adapter, dropout, s, {row_major(base)}, {y});
   return {y, s};
 }
 
@@ -323,13 +333,16 @@ std::vector<Tensor> rasa_backward_body(LaunchFn launch, const std::vector<Option
     grad_of(i, kDd, adapters.d[i]);
   }
   Tensor& dx = grads[0];
-  bool has_base = false;
-  for (size_t i = 0; wanted[0] && i < num_layers; ++i) {
-    if (!weight[i] || !dy_rows[i].defined()) continue;
-    const Tensor dy_i = library_operand(dy_rows[i]);
-    dx = has_base ? dx.addmm_(dy_i, *weight[i]) : at::mm(dy_i, *weight[i]);
-    has_base = true;
-  }
+  const auto add_base = [&] {
+    for (size_t i = 0; wanted[0] && i < num_layers; ++i) {
+      if (!weight[i] || !dy_rows[i].defined()) continue;
+      const Tensor dy_i = library_operand(dy_rows[i]);
+      dx = dx.defined() ? dx.addmm_(dy_i, *weight[i]) : at::mm(dy_i, *weight[i]);
+    }
+  };
+  const bool base_last = adds_base_last(x) && !of_g.empty();
+  if (!base_last) add_base();
+  const bool has_base = dx.defined();
   if (wanted[0] && !has_base) {
     dx = of_g.empty() ? at::zeros({M, K}, x.options()) : at::empty({M, K}, x.options());
   }
@@ -337,6 +350,7 @@ std::vector<Tensor> rasa_backward_body(LaunchFn launch, const std::vector<Option
     launch_backward(op, launch, dy_rows, row_major(x), of_s, of_g, adapters, row_major(s), dropout,
                     has_base, grads);
   }
+  if (base_last) add_base();
   // An operator returns tensors: what was not asked for is an empty one.
   for (Tensor& t : grads) {
     if (!t.defined()) t = at::empty({0}, x.options());
