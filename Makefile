@@ -5,7 +5,7 @@
 #   make test          the tests
 #   make check         what was built, and a self-check of every op
 #   make robustness    random calls, damaged files, 10,000 steps; ARGS=--sanitize adds ASan and UBSan
-#   make bench-quick   one table: frozen, LoRA, the authors' formula, rasa_ext
+#   make bench-quick   one table: frozen, LoRA, the authors' formula, also compiled, rasa_ext
 #   make bench         every table and plot of both READMEs: half an hour with bench-quality's kept runs
 #   make readme        writes the tables from benchmarks/results
 #   make bench-quality     reconstruction, L1RA and fine-tuning against LoRA: about two hours

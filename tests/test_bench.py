@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -36,6 +37,13 @@ def small_step(monkeypatch):
     monkeypatch.setattr(step, "MODEL_LAYERS", 2)
     monkeypatch.setattr(step, "MODEL_VOCABULARY", 512)
     monkeypatch.setattr(step, "BATCH", (1, 8))
+
+
+@pytest.fixture(autouse=True)
+def unchanged_recompile_limit():
+    """Put back what the compiled peer raises."""
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
 
 
 @pytest.fixture
@@ -307,7 +315,6 @@ def test_second_step_of_the_compiled_peer_compiles_nothing(small_step, quick_com
 
 def test_a_layer_that_cannot_be_compiled_stops_the_run(quick_compile, monkeypatch):
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # is put back after the test
     monkeypatch.setattr(peers, "MOST_COMPILED", 1)
     model = peers.convert("compiled", layer.Projections(1, 24, 16).double(), ADAPTER)
     linear = model.layers[0].proj
