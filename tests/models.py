@@ -130,6 +130,10 @@ def snapshot(model: nn.Module) -> list:
     return [modules, tensors, [p.requires_grad for p in model.parameters()]]
 
 
+def snapshot_bits(model: nn.Module) -> list[bytes]:
+    return [p.detach().view(torch.uint8).numpy().tobytes() for p in model.parameters()]
+
+
 def saved(module: nn.Module) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(module, file)

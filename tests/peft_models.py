@@ -114,3 +114,13 @@ def reload(folder: Path, kind: str = "llama", **kwargs) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         return peft.PeftModel.from_pretrained(base_model(kind).to(dtype), folder, **kwargs)
+
+
+def two_adapters(**other) -> nn.Module:
+    """Adapters "default" (k = 1) and "other" (k = 2), both random; "default" is active."""
+    model = adapted()
+    model.add_adapter("other", config(k=2, **other))
+    model.base_model.set_adapter(["default", "other"])
+    randomize_adapters(model, seed=5)
+    model.set_adapter("default")
+    return model.eval()

@@ -162,6 +162,14 @@ def test_strides_of_x_do_not_change_the_result(layout, dtypes):
     assert torch.equal(rasa_add(strided, base, *adapter), rasa_add(dense, base, *adapter))
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
+def test_the_stride_of_the_bias_does_not_change_the_result(dtypes):
+    x, weight, bias, *adapter = linear_inputs(CASE, *dtypes)
+    for strided in (bias.repeat_interleave(2)[::2], bias[:1].expand(CASE.N)):
+        y = rasa_linear(x, weight, strided, *adapter)
+        assert torch.equal(y, rasa_linear(x, weight, strided.contiguous(), *adapter))
+
+
 @pytest.mark.parametrize("width", [34, 68, 100, 103])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
 def test_nothing_beside_a_slice_is_read(width, dtypes, device):
