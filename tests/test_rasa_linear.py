@@ -144,8 +144,9 @@ def test_a_rank_may_move_from_private_to_shared(dtypes):
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
 def test_d_zero_returns_the_base_output_bitwise(dtypes):
     x, weight, bias, *adapter, d = linear_inputs(CASE, *dtypes)
-    y = rasa_linear(x, weight, bias, *adapter, torch.zeros_like(d))
-    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+    for b in (bias, None):
+        y = rasa_linear(x, weight, b, *adapter, torch.zeros_like(d))
+        assert torch.equal(y, torch.nn.functional.linear(x, weight, b))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtypes_id)
