@@ -43,7 +43,8 @@ constexpr bool pairs_rows_of_B(DType compute) { return element_size(compute) == 
 void tile_gemm(DType compute, int64_t M, int64_t N, int64_t K, const void* A, int64_t ldA,
                const void* B, int64_t ldB, void* C, int64_t ldC, bool add_C);
 
-// How many columns of C tile_gemm sums at once: fewer take it as long, or longer.
+// The columns of C that fill a vector of tile_gemm, where a part of one takes as long or longer;
+// else 1.
 int64_t vector_columns(DType compute);
 
 // The largest power of two ≤ min(n, limit): a ragged number of tokens is taken in such pieces, so
